@@ -1,0 +1,26 @@
+"""3-D transposed convolutions as matrix products: GEMM into a column buffer, col2im into the output.
+
+>>> import numpy as np
+>>> import gemmconv
+>>> x = np.ones((1, 4, 4, 4, 3), np.float32)  # [N, D, H, W, Cin]
+>>> w = np.ones((2, 2, 2, 5, 3), np.float32)  # [kd, kh, kw, Cout, Cin]
+>>> gemmconv.conv3d_transpose(x, w, strides=2).shape
+(1, 8, 8, 8, 5)
+"""
+
+from gemmconv.config import show_config
+from gemmconv.nn import conv3d_transpose, plan_conv3d_transpose
+from gemmconv.plan import Plan, clear_cache
+from gemmconv.threads import get_workers, set_workers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "clear_cache",
+    "conv3d_transpose",
+    "get_workers",
+    "plan_conv3d_transpose",
+    "set_workers",
+    "show_config",
+]

@@ -1,0 +1,144 @@
+"""Array arguments: what is taken, in which dtype, and what `out` must be.
+
+Refuses whatever NumPy would silently unmask, compute, truncate or narrow. This module looks at arrays and dtypes only;
+shapes are problem.py's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+_PYTHON_NUMBERS = (int, float, complex)
+
+
+def operands(function: str, value: Any, filter: Any) -> tuple[Array, Array, np.dtype[Any]]:
+    """Return both operands as arrays, unconverted, and the dtype of the result: `np.result_type` of the two.
+
+    Nested lists of Python numbers take the other operand's dtype; two of them give float32, complex64 if complex.
+    """
+    value_array, value_is_weak = _array(function, "value", value)
+    filter_array, filter_is_weak = _array(function, "filter", filter)
+    if value_is_weak and filter_is_weak:
+        is_complex = "c" in (value_array.dtype.kind, filter_array.dtype.kind)
+        dtype = np.dtype(np.complex64 if is_complex else np.float32)
+        return _weak(function, "value", value, dtype), _weak(function, "filter", filter, dtype), dtype
+    if value_is_weak:
+        dtype = _supported(function, "filter", filter_array)
+        value_array = _weak(function, "value", value, _with_kind(dtype, value_array))
+    elif filter_is_weak:
+        dtype = _supported(function, "value", value_array)
+        filter_array = _weak(function, "filter", filter, _with_kind(dtype, filter_array))
+    else:
+        dtype = _supported(function, "value", value_array)
+    return value_array, filter_array, common(function, value_array, filter_array)
+
+
+def common(function: str, value: Array, filter: Array) -> np.dtype[Any]:
+    """Return the dtype of the result for two arrays."""
+    dtypes = _supported(function, "value", value), _supported(function, "filter", filter)
+    if dtypes[0] == dtypes[1]:
+        return dtypes[0]
+    if {dtype.name for dtype in dtypes} == {"float16", "bfloat16"}:
+        raise TypeError(
+            f"{function}: value of {dtypes[0]} and filter of {dtypes[1]} have no common dtype; "
+            "convert both to one, for example with .astype(np.float32)"
+        )
+    return np.result_type(*dtypes)
+
+
+def supported_dtype(function: str, dtype: Any) -> np.dtype[Any]:
+    """Return a dtype argument as a native dtype, or raise the TypeError that names the supported ones."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{function}: dtype must be one of {', '.join(SUPPORTED)}, got {dtype!r}") from None
+    return _supported_dtype(f"{function}: dtype", found)
+
+
+def converted(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Return an operand C-contiguous, aligned and native in a dtype: itself, or one converted copy."""
+    with np.errstate(all="ignore"):
+        return np.require(np.asarray(array), dtype, ("C", "A"))
+
+
+def check_out(function: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Check that results can be written into `out`, without touching it."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"{function}: out must be a numpy.ndarray, got {type(out).__module__}.{type(out).__qualname__}")
+    if out.shape != shape:
+        raise ValueError(f"{function}: out has shape {out.shape}, but the result has {shape}; they must be equal")
+    if out.dtype.name not in SUPPORTED or not np.can_cast(dtype, out.dtype, "safe"):
+        raise TypeError(f"{function}: out has dtype {out.dtype}, to which the result's {dtype} cannot be cast safely")
+    if not out.flags.writeable:
+        raise ValueError(f"{function}: out is read-only, but the result of shape {shape} is to be written into it")
+    return out
+
+
+def _array(function: str, name: str, given: Any) -> tuple[Array, bool]:
+    """Return an argument as an array, and whether it is nested lists of Python numbers, with no dtype of its own."""
+    if isinstance(given, np.ndarray) and not isinstance(given, np.ma.MaskedArray):
+        return given, False
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(f"{function}: {name} is a masked array, whose mask would be lost; call .filled(0) on it first")
+    if hasattr(given, "__dask_graph__"):
+        raise TypeError(
+            f"{function}: {name} is a lazy array ({type(given).__qualname__}), which is not computed silently; "
+            "call .compute() on it first"
+        )
+    leaves = set(_leaf_types(function, name, given)) if isinstance(given, list | tuple) else {type(given)}
+    if bool in leaves:
+        raise TypeError(f"{function}: {name} holds bools; use numbers, or an array with .astype(np.float32)")
+    weak = leaves <= set(_PYTHON_NUMBERS)
+    if weak:
+        dtype = np.complex128 if complex in leaves else np.float64
+        return _weak(function, name, given, np.dtype(dtype)), True
+    try:
+        return np.asarray(given), False
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{function}: {name} cannot be made an array: {error}") from error
+
+
+def _leaf_types(function: str, name: str, given: list[Any] | tuple[Any, ...]) -> set[type]:
+    found: set[type] = set()
+    for item in given:
+        if isinstance(item, list | tuple):
+            found |= _leaf_types(function, name, item)
+        elif isinstance(item, np.ma.MaskedArray) or hasattr(item, "__dask_graph__"):
+            _array(function, name, item)
+        else:
+            found.add(type(item))
+    return found
+
+
+def _weak(function: str, name: str, given: Any, dtype: np.dtype[Any]) -> Array:
+    try:
+        with np.errstate(all="ignore"):
+            return np.asarray(given, dtype)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{function}: {name} cannot be made an array of {dtype}: {error}") from error
+
+
+def _with_kind(dtype: np.dtype[Any], weak: Array) -> np.dtype[Any]:
+    """Return the dtype that Python numbers take beside an array of `dtype`; complex ones make it complex."""
+    if weak.dtype.kind == "c" and dtype.kind != "c":
+        return np.dtype(np.complex128 if dtype == np.float64 else np.complex64)
+    return dtype
+
+
+def _supported(function: str, name: str, array: Array) -> np.dtype[Any]:
+    return _supported_dtype(f"{function}: {name}", array.dtype)
+
+
+def _supported_dtype(text: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if dtype.name in SUPPORTED:
+        return dtype if dtype.isnative else dtype.newbyteorder("=")
+    if dtype.kind in "iub":
+        raise TypeError(f"{text} has dtype {dtype}; integers and bools are not taken, convert with .astype(np.float32)")
+    if dtype.kind == "O":
+        raise TypeError(f"{text} is an array of Python objects; convert with .astype(np.float32)")
+    raise TypeError(f"{text} has dtype {dtype}; supported are {', '.join(SUPPORTED)}")

@@ -1,0 +1,209 @@
+"""GEMM on addresses: SciPy's BLAS through its function pointers, guarded, or `np.matmul` where that cannot be.
+
+The one file with ctypes. SciPy publishes its BLAS as capsules in `scipy.linalg.cython_blas`; called through ctypes
+they release the GIL, take leading dimensions and beta, and need no array object for each operand. This module knows
+nothing of convolutions or threads, and chooses nothing but which of the two paths is taken, once for each dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import scipy.linalg.cython_blas as cython_blas
+import threadpoolctl
+
+_PREFIX = {"f4": "s", "f8": "d", "c8": "c", "c16": "z"}
+# void f(transa, transb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc): the integers' type decides the BLAS' width.
+_SIGNATURE = re.compile(
+    r"void \(char \*, char \*, (?P<i>\w+) \*, (?P=i) \*, (?P=i) \*, (?P<t>\w+) \*, (?P=t) \*, (?P=i) \*, "
+    r"(?P=t) \*, (?P=i) \*, (?P=t) \*, (?P=t) \*, (?P=i) \*\)"
+)
+_BITS = {"int": 32, "int32_t": 32, "int64_t": 64, "npy_int64": 64, "long long": 64}
+# interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536) times GEMM_MULTITHREAD_THRESHOLD (4).
+_OPENBLAS_SERIAL_PRODUCTS = 262144
+
+_lock = threading.Lock()
+_paths: dict[str, _Path] = {}
+
+
+class _Path:
+    """How one dtype's products are formed: `function` is None where it is np.matmul."""
+
+    def __init__(self, function: Callable[..., None] | None, bits: int, reason: str) -> None:
+        self.function = function
+        self.largest: int = 2 ** (bits - 1) - 1
+        self.bits = bits
+        self.reason = reason
+
+
+class Gemm:
+    """C = A B (+ C) on addresses, row-major, for one dtype and one thread at a time.
+
+    The argument block is built once and reused, since building it costs as much as a small product.
+    """
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        path = _path(dtype)
+        self.dtype = dtype
+        self.itemsize = dtype.itemsize
+        self.largest = path.largest
+        self._function = path.function
+        # 64-bit slots, so that a BLAS of either integer width reads the same number (on little-endian machines).
+        self._integers = memoryview(bytearray(8 * 6)).cast("q")
+        self._scalars = np.array([0, 1], dtype)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._integers))
+        self._m, self._n, self._k, self._lda, self._ldb, self._ldc = range(start, start + 48, 8)
+        self._beta = self._scalars.ctypes.data
+        self._one = self._beta + self.itemsize
+
+    def __call__(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        a: int,
+        lda: int,
+        a_transposed: bool,
+        b: int,
+        ldb: int,
+        b_transposed: bool,
+        c: int,
+        ldc: int,
+        accumulate: bool = False,
+    ) -> None:
+        """Form C[m, n] from A[m, k] and B[k, n]; a transposed operand lies as [k, m] or [n, k].
+
+        Leading dimensions are the distances between rows as they lie, in elements. No conjugation.
+        """
+        if max(m, n, k, lda, ldb, ldc) > self.largest:
+            raise OverflowError(
+                f"GEMM of m={m}, n={n}, k={k}, leading dimensions {lda}, {ldb}, {ldc}: "
+                f"BLAS' integers end at {self.largest}"
+            )
+        if self._function is None:
+            self._matmul(m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, accumulate)
+            return
+        # BLAS is column-major: the same memory reads as C' = B' A'.
+        integers = self._integers
+        integers[0], integers[1], integers[2], integers[3], integers[4], integers[5] = n, m, k, ldb, lda, ldc
+        self._function(
+            b"T" if b_transposed else b"N",
+            b"T" if a_transposed else b"N",
+            self._m,
+            self._n,
+            self._k,
+            self._one,
+            b,
+            self._lda,
+            a,
+            self._ldb,
+            self._one if accumulate else self._beta,
+            c,
+            self._ldc,
+        )
+
+    def _matmul(
+        self, m: int, n: int, k: int, a: int, lda: int, a_transposed: bool,
+        b: int, ldb: int, b_transposed: bool, c: int, ldc: int, accumulate: bool,
+    ) -> None:  # fmt: skip
+        left = self._matrix(a, k, m, lda).T if a_transposed else self._matrix(a, m, k, lda)
+        right = self._matrix(b, n, k, ldb).T if b_transposed else self._matrix(b, k, n, ldb)
+        out = self._matrix(c, m, n, ldc)
+        if accumulate:
+            out += left @ right
+        else:
+            np.matmul(left, right, out=out)
+
+    def _matrix(self, address: int, rows: int, columns: int, ld: int) -> np.ndarray[Any, Any]:
+        size = ((rows - 1) * ld + columns) * self.itemsize
+        memory = memoryview((ctypes.c_char * size).from_address(address))
+        return np.ndarray((rows, columns), self.dtype, memory, strides=(ld * self.itemsize, self.itemsize))
+
+
+def largest_integer(dtype: np.dtype[Any]) -> int:
+    """Return the largest size or leading dimension that BLAS takes for a dtype."""
+    return _path(dtype).largest
+
+
+@cache
+def serial_products() -> int:
+    """Return the m*n*k up to which BLAS is known to use one thread by itself; 0 where nothing is known."""
+    apis = {pool["internal_api"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+    return _OPENBLAS_SERIAL_PRODUCTS if apis == {"openblas"} else 0
+
+
+def describe() -> dict[str, Any]:
+    """Return which path each dtype takes and why, ready for JSON."""
+    paths = {np.dtype(code).name: _path(np.dtype(code)) for code in _PREFIX}
+    return {
+        name: {
+            "path": "numpy.matmul" if path.function is None else "scipy.linalg.cython_blas",
+            "integer_bits": path.bits,
+            "reason": path.reason,
+        }
+        for name, path in paths.items()
+    }
+
+
+def _path(dtype: np.dtype[Any]) -> _Path:
+    """Return a dtype's path, choosing and testing it on first use."""
+    code = f"{dtype.kind}{dtype.itemsize}"
+    try:
+        return _paths[code]
+    except KeyError:
+        with _lock:
+            if code not in _paths:
+                _paths[code] = _choose(dtype, _PREFIX[code] + "gemm")
+            return _paths[code]
+
+
+def _choose(dtype: np.dtype[Any], name: str) -> _Path:
+    capsule = getattr(cython_blas, "__pyx_capi__", {}).get(name)
+    if capsule is None:
+        return _Path(None, 64, f"this SciPy publishes no {name} in scipy.linalg.cython_blas")
+    get_name = ctypes.pythonapi.PyCapsule_GetName
+    get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    signature = get_name(capsule)
+    match = _SIGNATURE.fullmatch(signature.decode())
+    bits = _BITS.get(match["i"]) if match else None
+    if bits is None:
+        return _Path(None, 64, f"{name} has a signature this version does not know: {signature.decode()}")
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(get_pointer(capsule, signature))
+    path = _Path(function, bits, f"{name}'s signature and a test product are as expected")
+    _paths[f"{dtype.kind}{dtype.itemsize}"] = path
+    try:
+        wrong = self_test(Gemm(dtype))
+    finally:
+        del _paths[f"{dtype.kind}{dtype.itemsize}"]
+    return _Path(None, 64, f"{name} failed its test product: {wrong}") if wrong else path
+
+
+def self_test(gemm: Gemm) -> str:
+    """Form small products between guard cells; return what was wrong, or an empty string."""
+    m, n, k, pad, guard = 3, 5, 4, 2, 77
+    for a_transposed in (False, True):
+        for b_transposed in (False, True):
+            a = np.arange(m * k).reshape(m, k) % 7 - 3
+            b = np.arange(k * n).reshape(k, n) % 5 - 2
+            stored = [x.T if t else x for x, t in ((a, a_transposed), (b, b_transposed))]
+            left, right = (np.ascontiguousarray(np.pad(x, ((0, 0), (0, pad))), gemm.dtype) for x in stored)
+            c = np.full((m + 2, n + pad), guard, gemm.dtype)
+            expected = c.copy()
+            for accumulate in (False, True):
+                expected[1:-1, :n] = a @ b * (1 + accumulate)
+                gemm(
+                    m, n, k, left.ctypes.data, left.shape[1], a_transposed, right.ctypes.data, right.shape[1],
+                    b_transposed, c[1:].ctypes.data, n + pad, accumulate,
+                )  # fmt: skip
+                if not np.array_equal(c, expected):
+                    what = "guard cells" if np.array_equal(c[1:-1, :n], expected[1:-1, :n]) else "values"
+                    return f"{what} differ with transposes {a_transposed}, {b_transposed}, accumulate {accumulate}"
+    return ""

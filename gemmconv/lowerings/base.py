@@ -1,0 +1,255 @@
+"""What every lowering shares: its operands, a worker's workspace, and the runs of rows that one GEMM can take.
+
+A lowering turns a Problem into a Schedule: a fixed number of blocks, each a box of the output that no other block
+writes, and a method that runs one of them in a given workspace. It parses no arguments and chooses no other lowering.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gemmconv.blas import Gemm, largest_integer
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Range = tuple[int, int]
+
+_ALIGNMENT = 64
+
+
+def aligned(size: int) -> int:
+    """Round a number of bytes up to whole cache lines."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class Workspace:
+    """Memory of one worker for one call, handed out from the start for each block, and its GEMM."""
+
+    def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
+        raw = np.empty(size + _ALIGNMENT, np.uint8)
+        self._memory = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
+        self._used = 0
+        self.size = size
+        self.gemm = Gemm(dtype)
+
+    def reset(self) -> None:
+        """Forget what was taken; whatever holds it must not be used any more."""
+        self._used = 0
+
+    def take(self, *shape: int) -> Array:
+        """Return an uninitialised array of the GEMM's dtype, aligned to a cache line."""
+        size = math.prod(shape) * self.gemm.itemsize
+        start, self._used = self._used, self._used + aligned(size)
+        return self._memory[start : start + size].view(self.gemm.dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The arrays of one call: C-contiguous, native, in the problem's dtype and layout; `filter` as TensorFlow's."""
+
+    value: Array
+    filter: Array
+    output: Array
+
+
+class Schedule(Protocol):
+    """How one lowering does one problem."""
+
+    @property
+    def count(self) -> int:
+        """The number of blocks."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What one worker needs."""
+
+    @property
+    def largest_product(self) -> int:
+        """The largest m*n*k of any GEMM."""
+
+    @property
+    def reason(self) -> str:
+        """What was decided and why, in words."""
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, to compare schedules."""
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        """Compute one block of the output."""
+
+
+class Box(NamedTuple):
+    """Rows of the value: ranges of batch entries and of coarse positions in depth, height and width."""
+
+    batch: Range
+    depth: Range
+    height: Range
+    width: Range
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        b, d, h, w = self
+        return b[1] - b[0], d[1] - d[0], h[1] - h[0], w[1] - w[0]
+
+    def hull(self, whole: tuple[int, int, int, int]) -> Box:
+        """Return the smallest contiguous run of rows that holds this box, in a grid of rows of the sizes `whole`.
+
+        Inside the first direction in which the box is longer than one, a run holds whole rows and planes.
+        """
+        found = []
+        inner = False
+        for (start, stop), size in zip(self, whole, strict=True):
+            found.append((0, size) if inner else (start, stop))
+            inner = inner or stop - start > 1
+        return Box(*found)
+
+    def within(self, hull: Box) -> tuple[slice, slice, slice, slice]:
+        """Return where this box lies in an array of the hull's sizes."""
+        b, d, h, w = (slice(mine[0] - its[0], mine[1] - its[0]) for mine, its in zip(self, hull, strict=True))
+        return b, d, h, w
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of the filter, seen as [kd*kh*kw*Cout, Cin], and the first of their columns."""
+
+    first: int
+    rows: int
+    column: int
+
+
+class Columns:
+    """Forms columns, the products of rows of the value and rows of the filter, for one block.
+
+    Operands in the dtype of the sums are used as they lie. Half precisions are widened, `depth` channels at a time,
+    into arrays of the workspace, never as a whole.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        axes: Sequence[Axis],
+        operands: Operands,
+        workspace: Workspace,
+        depth: int,
+        rows: int,
+        taps: int,
+    ) -> None:
+        sizes = tuple(axis.coarse for axis in axes)
+        self.sizes = (problem.batch, sizes[0], sizes[1], sizes[2])
+        self._cin = problem.cin
+        self._transposed = problem.layout == "NCDHW"
+        self._space = math.prod(sizes)
+        self._gemm = workspace.gemm
+        self._value = operands.value
+        self._filter = operands.filter.reshape(-1, problem.cin)
+        self._depth = depth
+        self._grid = five(problem.layout, operands.value, problem.batch, sizes, problem.cin)
+        self._widens = rows > 0
+        self._rows = workspace.take(rows * depth)
+        self._taps = workspace.take(taps * depth if self._widens else 0)
+        self._held: tuple[Box, int] | None = None
+
+    def form(self, hull: Box, pieces: Sequence[Piece], into: Array, ld: int, tap_major: bool) -> None:
+        """Write the columns of a hull's rows and of pieces of the filter into an array with `ld` values a row.
+
+        Columns lie [row, tap] or, tap_major, [tap, row].
+        """
+        m = math.prod(hull.sizes)
+        if self._widens:
+            for start in range(0, self._cin, self._depth):
+                self._widen(hull, start)
+                k = min(self._depth, self._cin - start)
+                for piece in pieces:
+                    part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
+                    np.copyto(self._taps[: part.size].reshape(part.shape), part, casting="unsafe")
+                    rows, taps = self._rows.ctypes.data, self._taps.ctypes.data
+                    self._multiply(
+                        m, k, rows, m if self._transposed else k, piece, taps, k, into, ld, tap_major, start > 0
+                    )
+            return
+        b, d, h, w = (r[0] for r in hull)
+        position = (d * self.sizes[2] + h) * self.sizes[3] + w
+        item = self._gemm.itemsize
+        offset = b * self._cin * self._space + position * (1 if self._transposed else self._cin)
+        rows = self._value.ctypes.data + offset * item
+        taps = self._filter.ctypes.data
+        ld_rows = self._space if self._transposed else self._cin
+        for piece in pieces:
+            at = taps + piece.first * self._cin * item
+            self._multiply(m, self._cin, rows, ld_rows, piece, at, self._cin, into, ld, tap_major, False)
+
+    def _multiply(
+        self, m: int, k: int, rows: int, ld_rows: int, piece: Piece, taps: int, ld_taps: int,
+        into: Array, ld: int, tap_major: bool, accumulate: bool,
+    ) -> None:  # fmt: skip
+        item = self._gemm.itemsize
+        if tap_major:
+            to = into.ctypes.data + piece.column * ld * item
+            self._gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not self._transposed, to, ld, accumulate)
+        else:
+            to = into.ctypes.data + piece.column * item
+            self._gemm(m, piece.rows, k, rows, ld_rows, self._transposed, taps, ld_taps, True, to, ld, accumulate)
+
+    def _widen(self, hull: Box, start: int) -> None:
+        """Widen the rows of a hull, unless they are what is held already; the layout stays."""
+        if self._held == (hull, start):
+            return
+        part = self._grid[(*(slice(*r) for r in hull), slice(start, min(start + self._depth, self._cin)))]
+        layout = "NCDHW" if self._transposed else "NDHWC"
+        to = five(layout, self._rows[: part.size], part.shape[0], part.shape[1:4], part.shape[4])
+        np.copyto(to, part, casting="unsafe")
+        self._held = (hull, start)
+
+
+def five(layout: str, array: Array, batch: int, spatial: Sequence[int], channels: int) -> Array:
+    """View a contiguous array as [batch, d, h, w, channels], whatever its layout."""
+    if layout == "NDHWC":
+        return array.reshape(batch, *spatial, channels)
+    return array.reshape(batch, channels, *spatial).transpose(0, 2, 3, 4, 1)
+
+
+def canonical(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
+    """Move axes of size one to the front, which changes no address, so that the longest runs are innermost."""
+
+    def long(axis: Axis) -> bool:
+        return not axis.coarse == axis.fine == axis.kernel == 1
+
+    d, h, w = sorted(axes, key=long)
+    return d, h, w
+
+
+def split(size: int, chunk: int) -> list[Range]:
+    """Cut [0, size) into ranges of at most `chunk`, as even as can be."""
+    parts = max(1, -(-size // chunk))
+    return [(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+
+
+def longest(ranges: Sequence[Range]) -> int:
+    """Return the length of the longest range."""
+    return max(stop - start for start, stop in ranges)
+
+
+def must_widen(problem: Problem) -> bool:
+    """Whether operands cannot be used as they lie: half precisions, and distances that BLAS' integers cannot hold."""
+    far = problem.layout == "NCDHW" and math.prod(problem.coarse) > largest_integer(problem.compute_dtype)
+    return problem.dtype != problem.compute_dtype or far
+
+
+def fair(size: int, most: int) -> int:
+    """Return the length of the longest range of `split`."""
+    parts = max(1, -(-size // most))
+    return -(-size // parts)
+
+
+def store(output: Array, result: Array) -> None:
+    """Write sums into the output, rounding half precisions once; a sum that rounds to zero becomes +0.0."""
+    np.copyto(output, result, casting="unsafe")
+    if output.dtype.itemsize == 2:
+        bits = output.view(np.uint16)
+        np.copyto(bits, 0, where=bits == 0x8000)

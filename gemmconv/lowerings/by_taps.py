@@ -1,0 +1,285 @@
+"""col2im a tap at a time: one GEMM for each tap and block, its columns added where that tap lands.
+
+Filter-stationary: a block is a box of output positions of one residue in depth and height. For each tap the GEMM takes
+the rows of the value that land in the block, so no product is formed twice, and writes [row, Cout] columns; adding
+them is one shift of whole rows. Sums stay in an accumulator in cache, stored once. Where nothing overlaps (a kernel no
+larger than its stride) there is no accumulator: columns are stored as the rows they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    Array,
+    Box,
+    Columns,
+    Operands,
+    Piece,
+    Range,
+    Workspace,
+    aligned,
+    canonical,
+    fair,
+    five,
+    longest,
+    must_widen,
+    split,
+    store,
+)
+from gemmconv.lowerings.cost import ENOUGH_BLOCKS, SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
+from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# Accumulator and columns must leave room in the L2 cache for operands; a share of it for widened ones.
+_L2_SHARE = 0.75
+_PACK_SHARE = 0.5
+# Cuts along Cout that are weighed; GEMM wants 16 columns at the least.
+_PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
+_FEW_CHANNELS = 16
+
+
+class Block(NamedTuple):
+    """A box of the output: batch entries, q of the phases in depth, height and width, output channels."""
+
+    batch: Range
+    depth: Range
+    height: Range
+    width: Range
+    channels: Range
+    pairs: tuple[tuple[int, int], ...]  # phases of depth and height
+
+
+@dataclass(frozen=True, slots=True)
+class ByTaps:
+    """A schedule; see the module. `direct` says that columns are stored without an accumulator."""
+
+    problem: Problem
+    axes: tuple[Axis, Axis, Axis]
+    phases: tuple[tuple[Phase, ...], tuple[Phase, ...], tuple[Phase, ...]]
+    lanes: int
+    direct: bool
+    gaps: bool
+    cuts: tuple[list[Range], ...]  # of batch, q in depth, height and width, and output channels
+    groups: tuple[tuple[tuple[int, int], ...], ...]  # pairs of phases that blocks do together
+    rows: int  # the most rows of a GEMM
+    widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
+    depth: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(map(len, self.cuts)) * len(self.groups)
+
+    def block(self, index: int) -> Block:
+        """Return a block; those of the same rows follow each other."""
+        spans = []
+        index, group = divmod(index, len(self.groups))
+        for cut in reversed(self.cuts):
+            index, i = divmod(index, len(cut))
+            spans.append(cut[i])
+        channels, width, height, depth, batch = spans
+        return Block(batch, depth, height, width, channels, self.groups[group])
+
+    @property
+    def channels(self) -> int:
+        """The most output channels of a block."""
+        return longest(self.cuts[4])
+
+    @property
+    def largest_product(self) -> int:
+        return self.rows * self.lanes * self.channels * self.depth
+
+    @property
+    def workspace_bytes(self) -> int:
+        item = self.problem.compute_dtype.itemsize
+        n = self.lanes * self.channels
+        widened = (self.rows * self.depth, n * self.depth) if self.widens else ()
+        return sum(aligned(values * item) for values in (self.rows * n, self._sums, *widened))
+
+    @property
+    def _sums(self) -> int:
+        """The most values of an accumulator."""
+        return 0 if self.direct else len(self.phases[2]) * self.lanes * math.prod(map(longest, self.cuts))
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core; see cost.py."""
+        problem, (d, h, w) = self.problem, self.axes
+        n = self.lanes * self.channels
+        boxes = math.prod(map(len, self.cuts))
+        pieces = 1 if len(self.cuts[4]) == 1 else self.lanes
+        taps = d.kernel * h.kernel * w.kernel // self.lanes
+        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
+        scattered = problem.layout == "NCDHW"
+        row = longest(self.cuts[3]) * n
+        # A row of the output is contiguous where all its lanes, phases and channels are stored together.
+        stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
+        steps = boxes * taps
+        total = steps * pieces * gemm_s(self.rows, n / pieces, problem.cin)
+        if self.direct:
+            return total + steps * pass_s(self.rows * n, stored, strided=scattered, spilled=spilled)
+        total += steps * pass_s(self.rows * n, row, spilled=spilled)
+        stores = max(1, boxes * math.prod(map(len, self.phases)))
+        values = math.prod(problem.output_shape) / stores
+        return total + stores * (pass_s(values, stored, strided=scattered) + pass_s(values, row, spilled=spilled))
+
+    @property
+    def reason(self) -> str:
+        channels = f", {self.channels} of {self.problem.cout} output channels" if len(self.cuts[4]) > 1 else ""
+        fold = "columns stored as rows, nothing overlaps" if self.direct else "columns added tap by tap"
+        packed = ", widened block by block" if self.widens else ""
+        together = f"; {len(self.groups[0])} phases a block" if len(self.groups[0]) > 1 else ""
+        return f"a GEMM for each tap, up to {self.rows} rows{channels}; {fold}{packed}{together}"
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        if self.axes[2].coarse * self.lanes * self.channels >= SHORT_RUN:
+            np.setbufsize(SMALLEST_BUFFER)
+        workspace.reset()
+        block = self.block(index)
+        problem, axes = self.problem, self.axes
+        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
+        output = output[slice(*block.batch), ..., slice(*block.channels)]
+        if self.gaps:
+            before = (0, 0, self.phases[2][0].offset if self.lanes > 1 else 0)
+            spans = zip(axes, block[1:4], before, strict=True)
+            output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = 0
+        n = self.lanes * (block.channels[1] - block.channels[0])
+        columns = Columns(problem, axes, operands, workspace, self.depth, self.rows if self.widens else 0, n)
+        buffer = workspace.take(self.rows * n)
+        sums = None if self.direct else workspace.take(*self._sums_shape(block))
+        for d, h in block.pairs:
+            depth, height = self.phases[0][d], self.phases[1][h]
+            if sums is None:
+                self._products(block, depth, height, columns, buffer, self._rows_of(output, block, depth, height))
+            else:
+                sums[...] = 0
+                self._products(block, depth, height, columns, buffer, list(sums))
+                self._store(output, block, depth, height, sums)
+
+    def _products(
+        self, block: Block, depth: Phase, height: Phase, columns: Columns, buffer: Array, targets: list[Array]
+    ) -> None:
+        """Form the columns of all taps of one pair of phases, and add each where it lands."""
+        d, h, w = self.axes
+        channels, cout = block.channels[1] - block.channels[0], self.problem.cout
+        n = self.lanes * channels
+        for tap_d, shift_d in depth.taps:
+            at_d = landing(d, depth, shift_d, block.depth)
+            for tap_h, shift_h in height.taps:
+                at_h = landing(h, height, shift_h, block.height)
+                if at_d[0] == at_d[1] or at_h[0] == at_h[1]:
+                    continue
+                to_d = slice(at_d[0] + shift_d - block.depth[0], at_d[1] + shift_d - block.depth[0])
+                to_h = slice(at_h[0] + shift_h - block.height[0], at_h[1] + shift_h - block.height[0])
+                for target, phase in zip(targets, self.phases[2], strict=True):
+                    for tap_w, shift_w in phase.taps:
+                        at_w = landing(w, phase, shift_w, block.width)
+                        if at_w[0] == at_w[1]:
+                            continue
+                        box = Box(block.batch, at_d, at_h, at_w)
+                        hull = box.hull(columns.sizes)
+                        first = ((tap_d * h.kernel + tap_h) * w.kernel + tap_w) * cout + block.channels[0]
+                        if channels == cout:
+                            pieces = [Piece(first, n, 0)]
+                        else:
+                            pieces = [Piece(first + i * cout, channels, i * channels) for i in range(self.lanes)]
+                        columns.form(hull, pieces, buffer, n, tap_major=False)
+                        column = buffer[: math.prod(hull.sizes) * n].reshape(*hull.sizes, self.lanes, channels)
+                        shift = shift_w - block.width[0]
+                        to = target[:, to_d, to_h, at_w[0] + shift : at_w[1] + shift]
+                        # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
+                        np.add(column[box.within(hull)], 0 if self.direct else to, out=to)
+
+    def _rows_of(self, output: Array, block: Block, depth: Phase, height: Phase) -> list[Array]:
+        """Return the output's cells of a block and pair, as [batch, d, h, w, lane, channel] for each phase of W."""
+        part = self._part(output, block, depth, height)
+        w = self.axes[2]
+        found = []
+        for phase in self.phases[2]:
+            start, stop = block.width[0] * w.stride + phase.offset, block.width[1] * w.stride
+            if self.lanes > 1:  # splitting an axis in two never copies
+                tiled = (block.width[1] - block.width[0], self.lanes)
+                found.append(part[:, :, :, start:stop].reshape(*part.shape[:3], *tiled, part.shape[4]))
+            else:
+                found.append(part[:, :, :, start : stop : w.stride, np.newaxis])
+        return found
+
+    def _store(self, output: Array, block: Block, depth: Phase, height: Phase, sums: Array) -> None:
+        """Store the accumulated sums of a block and pair."""
+        part = self._part(output, block, depth, height)
+        w = self.axes[2]
+        for phase, result in zip(self.phases[2], sums, strict=True):
+            cells = result.reshape(*result.shape[:3], -1, result.shape[5])[:, : part.shape[1], : part.shape[2]]
+            start = block.width[0] * w.stride + phase.offset
+            step = w.stride if self.lanes == 1 else 1
+            before = max(0, -start)
+            to = part[:, :, :, start + before : start + before + (cells.shape[3] - before) * step : step]
+            store(to, cells[:, :, :, before : before + to.shape[3]])
+
+    def _part(self, output: Array, block: Block, depth: Phase, height: Phase) -> Array:
+        """Return the output's planes and rows that a block owns in one pair of phases."""
+        d, h, _ = self.axes
+        return output[
+            :,
+            block.depth[0] * d.stride + depth.offset : block.depth[1] * d.stride : d.stride,
+            block.height[0] * h.stride + height.offset : block.height[1] * h.stride : h.stride,
+        ]
+
+    def _sums_shape(self, block: Block) -> tuple[int, ...]:
+        batch, depth, height, width, channels = (stop - start for start, stop in block[:5])
+        return len(self.phases[2]), batch, depth, height, width, self.lanes, channels
+
+
+def schedule(problem: Problem, machine: Machine) -> ByTaps:
+    """Choose the blocks for a problem, by the cost of every cut of rows and of output channels."""
+    axes = canonical(problem.axes)
+    d, h, w = axes
+    tiled = tileable(w)
+    found = (phases(d), phases(h), tiles(w) if tiled else phases(w))
+    lanes = w.stride if tiled else 1
+    counts = (-(-d.fine // d.stride), -(-h.fine // h.stride), found[2][0].count if tiled else -(-w.fine // w.stride))
+    widens = must_widen(problem)
+    exact = not tiled or (found[2][0].offset == 0 and counts[2] * lanes == w.fine)
+    direct = all(axis.tiles for axis in axes) and exact and not widens
+    unreached = any(gaps(axis, of_axis) for axis, of_axis in zip(axes[: 2 if tiled else 3], found, strict=False))
+    if direct:
+        unreached = unreached or not all(axis.covers for axis in axes)
+    pairs = [(i, j) for i in range(len(found[0])) for j in range(len(found[1]))]
+    pairs.sort(key=lambda pair: -len(found[0][pair[0]].taps) * len(found[1][pair[1]].taps))
+
+    def candidate(rows: int, channels: int) -> ByTaps:
+        batch = 1 if problem.layout == "NCDHW" else max(1, rows // math.prod(counts))
+        chunks = (max(1, rows // (counts[1] * counts[2])), max(1, rows // counts[2]), rows)
+        cuts = [
+            split(problem.batch, batch),
+            *(split(n, min(n, chunk)) for n, chunk in zip(counts, chunks, strict=True)),
+        ]
+        boxes = math.prod(map(len, cuts))
+        groups = [tuple(pairs)] if boxes >= ENOUGH_BLOCKS or unreached or not pairs else [(pair,) for pair in pairs]
+        chunk = [max(stop - start for start, stop in cut) for cut in cuts]
+        most = largest_hull(chunk, (problem.batch, d.coarse, h.coarse, w.coarse))
+        depth = problem.cin
+        if widens:
+            share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
+            depth = min(depth, max(1, share // max(most, lanes * channels)))
+        cut = (*cuts, split(problem.cout, channels))
+        return ByTaps(problem, axes, found, lanes, direct, unreached, cut, tuple(groups), most, widens, depth)
+
+    positions = problem.batch * math.prod(counts)
+    rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
+    channels = sorted({fair(problem.cout, -(-problem.cout // parts)) for parts in _PARTS})
+    found_schedules = [candidate(r, c) for r in rows for c in channels if c >= _FEW_CHANNELS or c == channels[-1]]
+    return best(found_schedules, machine)
+
+
+def largest_hull(chunk: Sequence[int], whole: tuple[int, int, int, int]) -> int:
+    """Return the most rows of the hull of a box of at most `chunk` rows, in a grid of the sizes `whole`."""
+    rows = 1
+    for size, limit in zip(whole, chunk, strict=True):
+        rows *= size if rows > 1 else min(size, limit)
+    return rows

@@ -1,0 +1,61 @@
+"""An axis seen as phases: the fine positions of one residue modulo the stride, on which every tap is a plain shift.
+
+Within a phase, tap ``a`` of coarse position ``i`` lands on ``q = i + shift``; ``q`` stands for fine position
+``q * stride + offset``. Where the kernel is a multiple of the stride and not dilated, the taps of one multiple land
+side by side, so a whole axis is one phase of tiles: `stride` neighbouring fine positions, its lanes, behind each ``q``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gemmconv.lowerings.base import Range
+from gemmconv.problem import Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Fine positions ``q * stride + offset`` (and the `lanes` - 1 that follow each) for q in [0, count)."""
+
+    offset: int
+    count: int
+    taps: tuple[tuple[int, int], ...]  # (first tap of the filter, shift)
+
+
+def phases(axis: Axis) -> tuple[Phase, ...]:
+    """Return the phases that any tap reaches, each with its taps that land somewhere."""
+    taps: dict[int, list[tuple[int, int]]] = {}
+    for tap in range(axis.kernel):
+        shift, residue = divmod(tap * axis.dilation - axis.lo, axis.stride)
+        taps.setdefault(residue, []).append((tap, shift))
+    found = (_phase(axis, residue, taps[residue]) for residue in sorted(taps))
+    return tuple(phase for phase in found if phase.taps)
+
+
+def tiles(axis: Axis) -> tuple[Phase, ...]:
+    """Return the one phase of an axis whose kernel is a multiple of its stride: `stride` lanes behind each q."""
+    base, before = divmod(axis.lo, axis.stride)
+    return (_phase(axis, -before, [(t * axis.stride, t - base) for t in range(axis.kernel // axis.stride)]),)
+
+
+def tileable(axis: Axis) -> bool:
+    """Whether `tiles` applies."""
+    return axis.stride > 1 and axis.dilation == 1 and axis.kernel % axis.stride == 0
+
+
+def gaps(axis: Axis, found: Sequence[Phase]) -> bool:
+    """Whether some fine position belongs to none of the phases."""
+    return len(found) < min(axis.stride, axis.fine)
+
+
+def _phase(axis: Axis, offset: int, taps: list[tuple[int, int]]) -> Phase:
+    count = max(0, -((offset - axis.fine) // axis.stride))
+    landing = [(tap, shift) for tap, shift in taps if max(0, -shift) < min(axis.coarse, count - shift)]
+    return Phase(offset, count, tuple(landing))
+
+
+def landing(axis: Axis, phase: Phase, shift: int, q: Range) -> Range:
+    """Return the coarse positions that a tap carries into q's interval of a phase."""
+    start = max(0, q[0] - shift)
+    return start, max(start, min(axis.coarse, min(q[1], phase.count) - shift))

@@ -1,0 +1,251 @@
+"""How a problem is done: the choice of a lowering, its cost in numbers, and the running of its blocks on workers.
+
+A plan is a pure function of (problem, machine, algorithm, workers), made once and cached. It parses no arguments of the
+public functions, and knows nothing of how a lowering works.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gemmconv import arrays, threads
+from gemmconv.arrays import Array
+from gemmconv.blas import serial_products
+from gemmconv.lowerings import LOWERINGS, Operands, Schedule, Workspace
+from gemmconv.machine import Machine, usable_cores
+from gemmconv.problem import Problem
+
+ALGORITHMS = ("auto", *LOWERINGS)
+Progress = Callable[[int, int], None]
+
+# Another worker is worth waking for this much work, about 0.1 ms.
+_WORKER_FLOPS = 8_000_000
+_WORKER_BYTES = 1_000_000
+
+_idle: list[Workspace] = []
+_idle_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision of how one problem is done; call it with arrays to do it.
+
+    A plan is immutable and can be called any number of times, from any number of threads at once: each call in flight
+    has workspaces of its own. `str()` of it is a report.
+
+    Attributes
+    ----------
+    problem : Problem
+        What was asked.
+    machine : Machine
+        The cores and caches it was made for.
+    algorithm : str
+        The lowering that was chosen.
+    requested : str
+        The `algorithm` argument it was chosen for.
+    workers : int
+        The most threads a call uses.
+    """
+
+    problem: Problem
+    machine: Machine
+    algorithm: str
+    requested: str
+    workers: int
+    schedule: Schedule | None
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of the result, in the layout's order."""
+        return self.problem.output_shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the result."""
+        return self.problem.dtype
+
+    @property
+    def reason(self) -> str:
+        """Why this lowering, and what it will do, in words."""
+        if self.schedule is None:
+            return "no product to form: the result is empty or all zeros"
+        why = "asked for by name" if self.requested == self.algorithm else "the only lowering"
+        return f"{self.algorithm}, {why}: {self.schedule.reason}"
+
+    @property
+    def flops(self) -> int:
+        """FLOPs: 2*N*D*H*W*Cin*Cout*kd*kh*kw, input-sized, products that are cropped away counted; complex 4 times."""
+        return self.problem.flops
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of value, filter and result, each once: the least that memory must move. Columns stay in cache."""
+        shapes = self.problem.value_shape, self.problem.filter_shape, self.problem.output_shape
+        return sum(map(math.prod, shapes)) * self.problem.dtype.itemsize
+
+    @property
+    def blocks(self) -> int:
+        """Boxes the output is cut into, whatever the number of workers."""
+        return 0 if self.schedule is None else self.schedule.count
+
+    @property
+    def feeds(self) -> int:
+        """Workers that the blocks can keep busy, on any machine."""
+        work = max(self.flops // _WORKER_FLOPS, self.bytes_moved // _WORKER_BYTES)
+        return max(1, min(self.blocks, work))
+
+    @property
+    def used_workers(self) -> int:
+        """Threads that a call uses."""
+        return min(self.workers, self.feeds)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of workspace of one call: columns, accumulators and widened operands of all its workers."""
+        return 0 if self.schedule is None else self.schedule.workspace_bytes * self.used_workers
+
+    def __str__(self) -> str:
+        p = self.problem
+        kernel, strides, dilations, before = zip(*((a.kernel, a.stride, a.dilation, a.lo) for a in p.axes), strict=True)
+        intensity = self.flops / max(1, self.bytes_moved)
+        rows = {
+            "operation": f"{p.operation} of {p.dtype} in {p.layout}",
+            "value": f"{p.value_shape}",
+            "filter": f"{p.filter_shape}",
+            "output": f"{p.output_shape}",
+            "kernel": f"{_by(kernel)}, strides {_by(strides)}, dilations {_by(dilations)}, padded before {_by(before)}",
+            "algorithm": self.algorithm,
+            "reason": self.reason,
+            "blocks": f"{self.blocks}, enough for {self.feeds} workers, run by {self.used_workers}",
+            "workspace": f"{self.workspace_bytes / 2**20:.2f} MiB",
+            "work": f"{self.flops / 1e9:.4g} GFLOP",
+            "memory": f"{self.bytes_moved / 2**20:.4g} MiB read and written, {intensity:.3g} FLOP a byte",
+        }
+        return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+
+    def __call__(self, value: Any, filter: Any, out: Array | None = None, *, progress: Progress | None = None) -> Array:
+        """Compute the result for arrays of the plan's shapes.
+
+        Parameters
+        ----------
+        value, filter : array_like
+            Of the problem's `value_shape` and `filter_shape`, and of dtypes whose common one is the plan's.
+        out : ndarray, optional
+            Where to write the result: the plan's `output_shape`, and a dtype to which the plan's casts safely.
+        progress : callable, optional
+            Called as ``progress(done, total)`` after each block, from worker threads.
+
+        Returns
+        -------
+        ndarray
+            `out`, or a new C-contiguous array.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument does not fit the plan; nothing was touched.
+        """
+        name = f"plan of {self.problem.operation}"
+        x, w, dtype = arrays.operands(name, value, filter)
+        for argument, array, shape in (
+            ("value", x, self.problem.value_shape),
+            ("filter", w, self.problem.filter_shape),
+        ):
+            if array.shape != shape:
+                raise ValueError(f"{name}: {argument} has shape {array.shape}, but the plan was made for {shape}")
+        if dtype != self.dtype:
+            raise TypeError(
+                f"{name}: value of {x.dtype} and filter of {w.dtype} give {dtype}, "
+                f"but the plan was made for {self.dtype}"
+            )
+        return self.execute(name, x, w, out, progress)
+
+    def execute(
+        self, function: str, value: Array, filter: Array, out: Array | None, progress: Progress | None = None
+    ) -> Array:
+        """Compute the result for checked operands; `function` is named where `out` is refused."""
+        problem = self.problem
+        if out is not None:
+            arrays.check_out(function, out, problem.output_shape, problem.dtype)
+        operands = [arrays.converted(array, problem.dtype) for array in (value, filter)]
+        in_place = out is not None and out.flags.carray and out.dtype == problem.dtype
+        if out is not None and in_place:
+            result = out.view(np.ndarray)
+            operands = [array.copy() if np.may_share_memory(array, out) else array for array in operands]
+        else:
+            result = np.empty(problem.output_shape, problem.dtype)
+        if self.schedule is None:
+            result[...] = 0
+        else:
+            self._run(self.schedule, Operands(operands[0], operands[1], result), progress)
+        if out is None:
+            return result
+        if not in_place:
+            np.copyto(out, result)
+        return out
+
+    def _run(self, schedule: Schedule, operands: Operands, progress: Progress | None) -> None:
+        workspaces = _acquire(self.used_workers, schedule.workspace_bytes, self.problem.compute_dtype)
+        done = itertools.count(1)
+
+        def task(index: int, slot: int) -> None:
+            schedule.run(index, operands, workspaces[slot])
+            if progress is not None:
+                progress(next(done), schedule.count)
+
+        threads.run(task, schedule.count, len(workspaces), limit_blas=schedule.largest_product > serial_products())
+        _release(workspaces)
+
+
+def _by(numbers: Any) -> str:
+    return "x".join(map(str, numbers))
+
+
+@lru_cache(maxsize=256)
+def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) -> Plan:
+    """Return the plan for a problem; `algorithm` is 'auto' or the name of a lowering."""
+    chosen = "col2im" if algorithm == "auto" else algorithm
+    schedule = None if problem.empty else LOWERINGS[chosen](problem, machine)
+    return Plan(problem, machine, chosen, algorithm, workers, schedule)
+
+
+def clear_cache() -> None:
+    """Forget all cached plans and free idle workspaces.
+
+    Plans that the caller holds stay usable, and calls in flight keep their workspaces.
+
+    Examples
+    --------
+    >>> import gemmconv
+    >>> gemmconv.clear_cache()
+    """
+    make_plan.cache_clear()
+    with _idle_lock:
+        _idle.clear()
+
+
+def _acquire(number: int, size: int, dtype: np.dtype[Any]) -> list[Workspace]:
+    """Take idle workspaces that fit, and make the others."""
+    found: list[Workspace] = []
+    with _idle_lock:
+        for workspace in list(_idle):
+            if len(found) < number and workspace.size >= size and workspace.gemm.dtype == dtype:
+                _idle.remove(workspace)
+                found.append(workspace)
+    return found + [Workspace(size, dtype) for _ in range(number - len(found))]
+
+
+def _release(workspaces: list[Workspace]) -> None:
+    """Keep workspaces for later calls: the largest, one for each usable core."""
+    with _idle_lock:
+        _idle.extend(workspaces)
+        _idle.sort(key=lambda workspace: workspace.size)
+        del _idle[: max(0, len(_idle) - usable_cores())]

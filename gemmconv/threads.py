@@ -1,0 +1,477 @@
+"""Worker threads, how many of them, and BLAS held to one thread of its own while they work.
+
+For: `run`, which executes the blocks of a call; `resolve_workers`, `set_workers` and `get_workers` behind every
+`workers` argument; `describe` for `show_config()`. It must not know what a task computes, call BLAS, set an environment
+variable, or leave a setting of the process changed once no call runs. Of the package it imports `machine` only.
+
+An interrupt can cut the main thread off after any bytecode. So settings are made and restored on pool threads; a caller
+only waits, can be cut off anywhere (`_drive`), and takes no lock that a pool thread needs: `with lock` itself is not
+safe from an interrupt in every version of Python.
+
+What cannot be helped: a `threadpool_limits` that another thread enters while a call runs takes our 1 for the number to
+restore; one that another thread has entered before may keep BLAS from being held (`run` warns); and after a call within
+one of its own a thread no longer owns its limit (threadpoolctl >= 3.8), so that other threads can change it.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context, ContextVar
+from operator import index as as_index
+from queue import SimpleQueue
+from typing import Any, SupportsIndex
+
+import numpy as np
+import scipy.linalg.cython_blas  # the BLAS that gemmconv calls has to be loaded before _limit.load() looks for it
+import threadpoolctl
+
+from gemmconv.machine import usable_cores
+
+Task = Callable[[int, int], None]
+
+# A pool thread that others wait for leaves a call after this time, between two indices, and queues up again.
+SLICE_S = 0.01
+
+_workers: ContextVar[int | None] = ContextVar("gemmconv_workers", default=None)
+_in_task: ContextVar[bool] = ContextVar("gemmconv_in_task", default=False)
+
+# Copied for every task. NumPy >= 2 keeps error state and buffer size in a context variable.
+_context = Context()
+_context.run(np.seterr, all="ignore")
+_context.run(_in_task.set, True)
+
+
+def get_workers() -> int:
+    """Workers that `workers=None` stands for here: `set_workers`' number, else BLAS' own, at most the usable cores."""
+    chosen = _workers.get()
+    return max(1, min(_limit.allowed() if chosen is None else chosen, usable_cores()))
+
+
+@contextmanager
+def set_workers(workers: SupportsIndex) -> Iterator[None]:
+    """Default number of workers in a `with` block, in this thread and context only, as `scipy.fft.set_workers`.
+
+    Parameters
+    ----------
+    workers : int
+        As any function's `workers`: at least 1, or negative to count from the end (-1: all usable cores). Not None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `workers` is no integer, is 0, or counts from the end past the first core.
+
+    Examples
+    --------
+    >>> import gemmconv
+    >>> with gemmconv.set_workers(1):
+    ...     gemmconv.get_workers()
+    1
+    """
+    token = _workers.set(_checked(workers, "set_workers", "an integer"))
+    try:
+        yield
+    finally:
+        _workers.reset(token)
+
+
+def resolve_workers(workers: SupportsIndex | None, function: str = "gemmconv") -> int:
+    """Threads to use for a `workers` argument, from 1 to the usable cores; `function` is named in errors.
+
+    None is `get_workers()`; -1 all usable cores, -2 one less, ...; more than the usable cores is all of them.
+    """
+    return get_workers() if workers is None else _checked(workers, function, "an integer or None")
+
+
+def _checked(workers: SupportsIndex, function: str, rule: str) -> int:
+    try:
+        if isinstance(workers, bool | np.bool_):
+            raise TypeError
+        number = as_index(workers)
+    except TypeError:
+        raise TypeError(f"{function}: workers must be {rule}, got {workers!r} ({type(workers).__name__})") from None
+    cores = usable_cores()
+    if number == 0 or number < -cores:
+        raise ValueError(
+            f"{function}: workers={number} is out of range: it must be at least 1, or -{cores} to -1 to count from the "
+            f"end of the {cores} cores this process may use (affinity and cgroup quota)"
+        )
+    return min(number, cores) if number > 0 else cores + 1 + number
+
+
+def run(task: Task, count: int, workers: int, *, limit_blas: bool = True) -> None:
+    """Call `task(index, slot)` once for every index in range(count), handed out in order to up to `workers` threads.
+
+    Parameters
+    ----------
+    task : callable
+        Runs in a context of its own in which NumPy ignores floating point errors. Tasks at work at the same time have
+        different slots, from 0 to workers - 1.
+    count, workers : int
+        `workers` as `resolve_workers` returns it.
+    limit_blas : bool
+        Hold every loaded BLAS to one thread until the call ends. Without it a single worker is the calling thread.
+
+    Raises
+    ------
+    RuntimeError
+        If called from within a task.
+    BaseException
+        The first one of a task, or of the wait (an interrupt): no index is handed out any more, and it is raised when
+        every task has ended and every setting is restored.
+
+    Warns
+    -----
+    RuntimeWarning
+        If a BLAS cannot be held to one thread; the call then has one worker. Given before the first task, so that none
+        runs if warnings are errors; after the last one if somebody changed the number while the call ran.
+    """
+    if _in_task.get():
+        raise RuntimeError("gemmconv: a task of a running call must not start another one: it could wait for itself")
+    workers = min(workers, count)
+    if workers < 1:
+        return
+    if workers == 1 and not limit_blas:
+        for index in range(count):
+            _context.copy().run(task, index, 0)
+        return
+    if not limit_blas:
+        call = _drive(_Call(task, count, workers, limited=False))
+    else:
+        reason = _limit.load()
+        if reason and workers > 1:
+            _warn(workers, [reason])
+            workers = 1
+        call = _held(task, count, workers)
+        if call.refused:
+            _warn(workers, call.reasons)
+            call = _drive(_Call(task, count, 1, tolerant=True))
+    if call.error is not None:
+        try:
+            raise call.error
+        finally:
+            del call  # its error's traceback holds this frame
+    if call.reasons and not call.tolerant:
+        _warn(workers, call.reasons)
+
+
+def describe() -> dict[str, Any]:
+    """Facts for `show_config()`, JSON-able. Holds BLAS for a moment to see whether it can be held."""
+    reason = _limit.load()
+    if not _in_task.get():
+        _held(_nothing, 1, 1)
+    return {
+        "workers": get_workers(),
+        "pool_threads": _pool.size,
+        "limit": reason or "one BLAS thread while a call runs",
+        "held": [{"library": pool.name, "threads": pool.threads(), "problem": pool.problem} for pool in _limit.pools()],
+    }
+
+
+def _nothing(index: int, slot: int) -> None:
+    pass
+
+
+def _warn(workers: int, reasons: list[str]) -> None:
+    level, frame = 1, sys._getframe()  # the first frame outside of the package is the one to blame
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "gemmconv":
+        level, frame = level + 1, frame.f_back
+    text = f"gemmconv: 1 worker instead of {workers}" if workers > 1 else "gemmconv: more threads than the 1 worker"
+    text = f"{text}, as BLAS could not be held to one thread: {'; '.join(reasons)}"
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
+
+
+def _held(task: Task, count: int, workers: int) -> _Call:
+    call = _drive(_Call(task, count, workers))
+    if call.refused:
+        # From threadpoolctl 3.8 on only the thread that set a limit may change it. If that is this one, it waits here.
+        for pool in _limit.pools():
+            pool.give_up(force=False)
+        call = _drive(_Call(task, count, workers))
+    return call
+
+
+class _Limit:
+    """All BLAS pools held to one thread while `calls` is not 0; entered and left on pool threads."""
+
+    def __init__(self) -> None:
+        self.lock: Any = threading.RLock()  # its release by a thread that does not hold it is an error, not a release
+        self.loaded: dict[str, tuple[str, list[_BlasPool]]] = {}
+        self.calls = 0
+        self.changes = 0
+
+    def load(self) -> str:
+        """Find the pools, once; the reason why BLAS can never be limited, or ''."""
+        if not self.loaded:
+            found = [_BlasPool(controller) for controller in threadpoolctl.ThreadpoolController().lib_controllers]
+            pools = [pool for pool in found if pool.api == "blas"]
+            built = scipy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {}).get("name", "unknown")
+            known = pools and built.lower() != "accelerate"
+            reason = "" if known else f"SciPy's BLAS ('{built}') is none that threadpoolctl can limit"
+            if any(getattr(pool.controller, "threading_layer", "") == "openmp" for pool in pools):
+                # OpenBLAS before 0.3.34 takes its number from OpenMP's of the calling thread.
+                pools += [pool for pool in found if pool.api == "openmp"]
+            self.loaded.setdefault("", (reason, pools))  # atomic: of two threads one wins
+        return self.loaded[""][0]
+
+    def pools(self) -> list[_BlasPool]:
+        self.load()
+        return self.loaded[""][1]
+
+    def allowed(self) -> int:
+        """Threads that SciPy's BLAS is allowed, or was when the first of the calls began that are running."""
+        if self.load():
+            return 1
+        pools = [pool for pool in self.pools() if pool.api == "blas"]
+        return max(pool.allowed_now(self) for pool in [pool for pool in pools if pool.is_scipys] or pools)
+
+    def enter(self, begins: bool) -> list[str]:
+        """Hold every pool as the calling thread sees it; the reasons why some cannot be. `begins`: a `leave` follows.
+
+        Every worker has to: MKL's number and OpenMP's belong to the thread. There it stays 1, the thread being ours.
+        """
+        with self.lock:
+            if begins:
+                for pool in self.pools() if self.calls == 0 else ():
+                    pool.allowed = pool.threads()
+                self.calls += 1
+                self.changes += 1
+            return [problem for pool in self.pools() if (problem := pool.hold())]
+
+    def leave(self) -> None:
+        with self.lock:
+            try:
+                for pool in self.pools() if self.calls == 1 else ():
+                    pool.restore()
+            finally:
+                self.changes += 1
+                self.calls -= 1
+
+    def reset(self) -> None:
+        """In a forked child, where no call is running."""
+        self.lock._at_fork_reinit()
+        for pool in self.pools() if self.loaded else ():
+            pool.restore()
+        self.calls = 0
+
+
+class _BlasPool:
+    """The thread pool of one library. `before` is the number to restore, None while nothing is to be restored."""
+
+    def __init__(self, controller: Any) -> None:
+        self.controller = controller
+        self.api: str = controller.user_api
+        self.name = os.path.basename(controller.filepath)
+        # Wheels bring their libraries in scipy.libs or scipy/.dylibs.
+        self.is_scipys = os.path.realpath(controller.filepath).startswith(os.path.dirname(scipy.__file__))
+        self.before: int | None = None
+        self.allowed: int | None = None
+        self.problem = ""
+
+    def threads(self) -> int | None:
+        number = self.controller.num_threads
+        return None if number is None else int(number)
+
+    def allowed_now(self, limit: _Limit) -> int:
+        # Lock-free: a call that began or ended in between shows in `changes`, one that runs all the while in `calls`.
+        changes, number = limit.changes, self.threads()
+        if number == 1 and (limit.calls or limit.changes != changes):
+            number = self.allowed
+        return number or 1
+
+    def hold(self) -> str:
+        number, free, self.problem = self.threads(), self.before is None, ""
+        if number == 1:
+            return ""
+        if free:
+            self.before = number  # before it is set: a fork must find it
+        self.controller.set_num_threads(1)
+        after = self.threads()
+        if after != 1:
+            owned = ": another thread has limited it" if hasattr(self.controller, "clear_controlling_thread") else ""
+            self.problem = f"{self.name} stays at {after} after it was set to 1{owned}"
+            self.before = None if free else self.before
+        return self.problem
+
+    def restore(self) -> None:
+        if self.before is not None:
+            # threadpoolctl >= 3.8 silently ignores every thread but the one that set the 1, which may be another one.
+            self.give_up(force=True)
+            if self.threads() == 1:
+                self.controller.set_num_threads(self.before)
+            self.give_up(force=True)  # else no other thread could ever set a limit
+            self.before = None
+
+    def give_up(self, force: bool) -> None:
+        if hasattr(self.controller, "clear_controlling_thread"):
+            self.controller.clear_controlling_thread(force=force)
+
+
+class _Call:
+    """One call of `run`: what its workers share. A token (call, slot) lets one pool thread at a time work in a slot."""
+
+    def __init__(self, task: Task, count: int, workers: int, *, limited: bool = True, tolerant: bool = False) -> None:
+        self.task = task
+        self.indices = iter(range(count))  # next() is atomic
+        self.workers = min(workers, _pool.fit(workers))
+        self.limited, self.tolerant = limited, tolerant
+        self.started = self.held = self.closed = self.refused = self.ended = self.finished = False
+        self.active = 0  # pool threads inside of serve()
+        self.reasons: list[str] = []
+        self.error: BaseException | None = None
+        self.lock = _thread.allocate_lock()  # of the pool threads
+        self.done = _thread.allocate_lock()  # what the caller waits on
+        self.done.acquire()
+
+    def serve(self, slot: int) -> None:
+        """Work on indices in `slot` until there are none, or until others wait: on a pool thread."""
+        with self.lock:
+            self.active += 1  # before `closed` is read: _settle() sets that and then reads this
+        again = False
+        try:
+            if not self.closed and self._ready(slot):
+                again = self._work(slot)
+                self.closed |= not again
+        except BaseException as error:  # run() raises it
+            self.closed = True
+            self.error = self.error or error
+        if again:
+            _pool.submit(self, slot)
+        with self.lock:
+            self.active -= 1
+            last = self.closed and self.active == 0 and not self.ended
+            self.ended |= last
+        if last:
+            self.task = _nothing  # a token that is left in the queue must not keep arrays alive
+            try:
+                if self.held:
+                    _limit.leave()
+            finally:
+                self.finished = True
+                self.done.release()
+
+    def _ready(self, slot: int) -> bool:
+        if slot > 0 or self.started:  # the first slot goes on in any case
+            problems = _limit.enter(begins=False) if self.limited and not self.tolerant else []
+            self.reasons = self.reasons or problems
+            return slot == 0 or not problems
+        self.started = True
+        if self.limited:
+            self.held = True
+            self.reasons = _limit.enter(begins=True)
+            if self.reasons and not self.tolerant:
+                self.refused = self.closed = True
+                return False
+        for helper in range(1, self.workers):
+            _pool.submit(self, helper)
+        return True
+
+    def _work(self, slot: int) -> bool:
+        task, waiting, end_s = self.task, _pool.tokens.qsize, time.perf_counter() + SLICE_S
+        for index in self.indices:
+            _context.copy().run(task, index, slot)
+            if self.closed:
+                break
+            if waiting() and time.perf_counter() > end_s:
+                return True
+        return False
+
+
+class _Pool:
+    """The threads of all calls. They are started when a token finds all others busy, and never end."""
+
+    def __init__(self) -> None:
+        self.tokens: SimpleQueue[tuple[_Call, int]] = SimpleQueue()
+        self.lock = _thread.allocate_lock()  # of the pool threads
+        self.most = self.size = self.busy = 0
+
+    def fit(self, workers: int) -> int:
+        if workers > self.most:
+            self.most = max(self.most, usable_cores())
+        return self.most
+
+    def submit(self, call: _Call, slot: int) -> None:
+        self.tokens.put((call, slot))
+        if self.busy >= self.size:
+            self._grow()
+
+    def _grow(self) -> None:
+        if self.size < self.most:
+            try:
+                # Not threading.Thread, whose start() waits on an Event that an interrupt can leave locked. Such a
+                # thread, like a daemon, does not keep the interpreter from exiting.
+                _thread.start_new_thread(self._loop, ())
+            except RuntimeError:
+                if self.size == 0:  # else the threads there are will do it
+                    raise
+
+    def _loop(self) -> None:
+        with self.lock:
+            if self.size >= self.most:
+                return
+            self.size += 1
+        threading.current_thread().name = "gemmconv"
+        try:
+            while True:
+                call, slot = self.tokens.get()
+                with self.lock:
+                    self.busy += 1
+                if not self.tokens.empty():  # together with submit()'s look at `busy` no token is left unseen
+                    self._grow()
+                call.serve(slot)
+                del call
+                with self.lock:
+                    self.busy -= 1
+        finally:
+            with self.lock:
+                self.size -= 1
+
+
+def _drive(call: _Call) -> _Call:
+    """Have the call done; the calling thread may be interrupted anywhere in here."""
+    try:
+        _pool.submit(call, 0)
+        while not call.finished:
+            call.done.acquire()
+    except BaseException:
+        try:
+            _settle(call)
+        finally:
+            _settle(call)  # in case an interrupt hit the one above outside of its own try
+        raise
+    return call
+
+
+def _settle(call: _Call) -> None:
+    """Return when no task of the call runs nor ever will and no setting is held, however many interrupts arrive."""
+    while True:
+        try:
+            call.closed = True  # whoever enters serve() from now on finds it closed; who is inside counts as active
+            while (call.active or call.held) and not call.finished:
+                call.done.acquire()
+            return
+        except BaseException:  # the first interrupt is the one that is raised
+            continue
+
+
+_limit = _Limit()
+_pool = _Pool()
+
+
+def _after_fork() -> None:
+    global _pool
+    _pool = _Pool()
+    _limit.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    # Taken before, so that no other thread is inside threadpoolctl, which has a lock of its own that a child would
+    # inherit locked. Methods of C, so that no interrupt can come between the lock and its release.
+    os.register_at_fork(before=_limit.lock.acquire, after_in_parent=_limit.lock.release, after_in_child=_after_fork)
