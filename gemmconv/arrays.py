@@ -57,7 +57,10 @@ def supported_dtype(function: str, dtype: Any) -> np.dtype[Any]:
         found = np.dtype(dtype)
     except TypeError:
         raise TypeError(f"{function}: dtype must be one of {', '.join(SUPPORTED)}, got {dtype!r}") from None
-    return _supported_dtype(f"{function}: dtype", found)
+    if found.name not in SUPPORTED:
+        raise TypeError(f"{function}: dtype must be one of {', '.join(SUPPORTED)}, got {found}")
+    native: np.dtype[Any] = found if found.isnative else found.newbyteorder("=")
+    return native
 
 
 def converted(array: Array, dtype: np.dtype[Any]) -> Array:
@@ -67,16 +70,17 @@ def converted(array: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def check_out(function: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Check that results can be written into `out`, without touching it."""
+    """Check that results can be written into `out`, without touching it; return it as a plain ndarray."""
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"{function}: out must be a numpy.ndarray, got {type(out).__module__}.{type(out).__qualname__}")
     if out.shape != shape:
         raise ValueError(f"{function}: out has shape {out.shape}, but the result has {shape}; they must be equal")
-    if out.dtype.name not in SUPPORTED or not np.can_cast(dtype, out.dtype, "safe"):
+    is_number = out.dtype.kind in "fc" or out.dtype.name in SUPPORTED
+    if not is_number or not np.can_cast(dtype, out.dtype, "safe"):
         raise TypeError(f"{function}: out has dtype {out.dtype}, to which the result's {dtype} cannot be cast safely")
     if not out.flags.writeable:
         raise ValueError(f"{function}: out is read-only, but the result of shape {shape} is to be written into it")
-    return out
+    return out.view(np.ndarray)
 
 
 def _array(function: str, name: str, given: Any) -> tuple[Array, bool]:
@@ -131,10 +135,7 @@ def _with_kind(dtype: np.dtype[Any], weak: Array) -> np.dtype[Any]:
 
 
 def _supported(function: str, name: str, array: Array) -> np.dtype[Any]:
-    return _supported_dtype(f"{function}: {name}", array.dtype)
-
-
-def _supported_dtype(text: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    text, dtype = f"{function}: {name}", array.dtype
     if dtype.name in SUPPORTED:
         return dtype if dtype.isnative else dtype.newbyteorder("=")
     if dtype.kind in "iub":

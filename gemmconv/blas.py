@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -28,7 +27,6 @@ _BITS = {"int": 32, "int32_t": 32, "int64_t": 64, "npy_int64": 64, "long long": 
 # interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536) times GEMM_MULTITHREAD_THRESHOLD (4).
 _OPENBLAS_SERIAL_PRODUCTS = 262144
 
-_lock = threading.Lock()
 _paths: dict[str, _Path] = {}
 
 
@@ -48,8 +46,8 @@ class Gemm:
     The argument block is built once and reused, since building it costs as much as a small product.
     """
 
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        path = _path(dtype)
+    def __init__(self, dtype: np.dtype[Any], path: _Path | None = None) -> None:
+        path = path or _path(dtype)
         self.dtype = dtype
         self.itemsize = dtype.itemsize
         self.largest = path.largest
@@ -152,15 +150,11 @@ def describe() -> dict[str, Any]:
 
 
 def _path(dtype: np.dtype[Any]) -> _Path:
-    """Return a dtype's path, choosing and testing it on first use."""
+    """Return a dtype's path, choosing and testing it on first use; two threads may do so at once, to the same end."""
     code = f"{dtype.kind}{dtype.itemsize}"
-    try:
-        return _paths[code]
-    except KeyError:
-        with _lock:
-            if code not in _paths:
-                _paths[code] = _choose(dtype, _PREFIX[code] + "gemm")
-            return _paths[code]
+    if code not in _paths:
+        _paths[code] = _choose(dtype, _PREFIX[code] + "gemm")
+    return _paths[code]
 
 
 def _choose(dtype: np.dtype[Any], name: str) -> _Path:
@@ -178,11 +172,7 @@ def _choose(dtype: np.dtype[Any], name: str) -> _Path:
         return _Path(None, 64, f"{name} has a signature this version does not know: {signature.decode()}")
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(get_pointer(capsule, signature))
     path = _Path(function, bits, f"{name}'s signature and a test product are as expected")
-    _paths[f"{dtype.kind}{dtype.itemsize}"] = path
-    try:
-        wrong = self_test(Gemm(dtype))
-    finally:
-        del _paths[f"{dtype.kind}{dtype.itemsize}"]
+    wrong = self_test(Gemm(dtype, path))
     return _Path(None, 64, f"{name} failed its test product: {wrong}") if wrong else path
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,8 +30,8 @@ Progress = Callable[[int, int], None]
 _WORKER_FLOPS = 8_000_000
 _WORKER_BYTES = 1_000_000
 
-_idle: list[Workspace] = []
-_idle_lock = threading.Lock()
+# No lock: single operations on a dict and a deque are atomic, so a fork or an interrupt cannot leave one behind.
+_idle: dict[np.dtype[Any], deque[Workspace]] = {}
 
 
 @dataclass(frozen=True)
@@ -173,23 +173,21 @@ class Plan:
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
         problem = self.problem
-        if out is not None:
-            arrays.check_out(function, out, problem.output_shape, problem.dtype)
+        target = None if out is None else arrays.check_out(function, out, problem.output_shape, problem.dtype)
         operands = [arrays.converted(array, problem.dtype) for array in (value, filter)]
-        in_place = out is not None and out.flags.carray and out.dtype == problem.dtype
-        if out is not None and in_place:
-            result = out.view(np.ndarray)
-            operands = [array.copy() if np.may_share_memory(array, out) else array for array in operands]
+        if target is not None and target.flags.carray and target.dtype == problem.dtype:
+            result = target
+            operands = [array.copy() if np.may_share_memory(array, result) else array for array in operands]
         else:
             result = np.empty(problem.output_shape, problem.dtype)
         if self.schedule is None:
             result[...] = 0
         else:
             self._run(self.schedule, Operands(operands[0], operands[1], result), progress)
-        if out is None:
+        if out is None or target is None:
             return result
-        if not in_place:
-            np.copyto(out, result)
+        if target is not result:
+            np.copyto(target, result)
         return out
 
     def _run(self, schedule: Schedule, operands: Operands, progress: Progress | None) -> None:
@@ -228,24 +226,24 @@ def clear_cache() -> None:
     >>> gemmconv.clear_cache()
     """
     make_plan.cache_clear()
-    with _idle_lock:
-        _idle.clear()
+    _idle.clear()
 
 
 def _acquire(number: int, size: int, dtype: np.dtype[Any]) -> list[Workspace]:
-    """Take idle workspaces that fit, and make the others."""
+    """Take idle workspaces that are large enough, and make the others."""
     found: list[Workspace] = []
-    with _idle_lock:
-        for workspace in list(_idle):
-            if len(found) < number and workspace.size >= size and workspace.gemm.dtype == dtype:
-                _idle.remove(workspace)
-                found.append(workspace)
+    idle = _idle.get(dtype)
+    while idle and len(found) < number:
+        try:
+            workspace = idle.pop()
+        except IndexError:  # another thread took the last
+            break
+        if workspace.size >= size:
+            found.append(workspace)
     return found + [Workspace(size, dtype) for _ in range(number - len(found))]
 
 
 def _release(workspaces: list[Workspace]) -> None:
-    """Keep workspaces for later calls: the largest, one for each usable core."""
-    with _idle_lock:
-        _idle.extend(workspaces)
-        _idle.sort(key=lambda workspace: workspace.size)
-        del _idle[: max(0, len(_idle) - usable_cores())]
+    """Keep workspaces for later calls of their dtype, at most one for each usable core."""
+    dtype = workspaces[0].gemm.dtype
+    _idle.setdefault(dtype, deque(maxlen=usable_cores())).extend(workspaces)

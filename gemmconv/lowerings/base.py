@@ -124,10 +124,10 @@ class Piece(NamedTuple):
 
 
 class Columns:
-    """Forms columns, the products of rows of the value and rows of the filter, for one block.
+    """Forms columns, the products of rows of the value and rows of the filter, for one block, in `buffer`.
 
-    Operands in the dtype of the sums are used as they lie. Half precisions are widened, `depth` channels at a time,
-    into arrays of the workspace, never as a whole.
+    Operands in the dtype of the sums are used as they lie. Others are widened, `depth` channels at a time, into arrays
+    of the workspace that hold `rows` and `taps`, never as a whole.
     """
 
     def __init__(
@@ -136,65 +136,65 @@ class Columns:
         axes: Sequence[Axis],
         operands: Operands,
         workspace: Workspace,
-        depth: int,
         rows: int,
         taps: int,
+        depth: int,
+        widens: bool,
     ) -> None:
         sizes = tuple(axis.coarse for axis in axes)
         self.sizes = (problem.batch, sizes[0], sizes[1], sizes[2])
-        self._cin = problem.cin
+        self.buffer = workspace.take(rows * taps)
+        self._cin, self._depth, self._widens = problem.cin, depth, widens
         self._transposed = problem.layout == "NCDHW"
         self._space = math.prod(sizes)
         self._gemm = workspace.gemm
-        self._value = operands.value
         self._filter = operands.filter.reshape(-1, problem.cin)
-        self._depth = depth
         self._grid = five(problem.layout, operands.value, problem.batch, sizes, problem.cin)
-        self._widens = rows > 0
-        self._rows = workspace.take(rows * depth)
-        self._taps = workspace.take(taps * depth if self._widens else 0)
+        self._rows = workspace.take(rows * depth if widens else 0)
+        self._taps = workspace.take(taps * depth if widens else 0)
         self._held: tuple[Box, int] | None = None
+        # Asking an array for its address costs about as much as a small addition.
+        arrays = (operands.value, operands.filter, self.buffer, self._rows, self._taps)
+        self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = (a.ctypes.data for a in arrays)
 
-    def form(self, hull: Box, pieces: Sequence[Piece], into: Array, ld: int, tap_major: bool) -> None:
-        """Write the columns of a hull's rows and of pieces of the filter into an array with `ld` values a row.
+    def form(self, hull: Box, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
+        """Form the columns of a hull's rows and of pieces of the filter, with `ld` values from line to line.
 
         Columns lie [row, tap] or, tap_major, [tap, row].
         """
-        m = math.prod(hull.sizes)
+        m, cin = math.prod(hull.sizes), self._cin
         if self._widens:
-            for start in range(0, self._cin, self._depth):
+            for start in range(0, cin, self._depth):
                 self._widen(hull, start)
-                k = min(self._depth, self._cin - start)
+                k = min(self._depth, cin - start)
                 for piece in pieces:
                     part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
                     np.copyto(self._taps[: part.size].reshape(part.shape), part, casting="unsafe")
-                    rows, taps = self._rows.ctypes.data, self._taps.ctypes.data
-                    self._multiply(
-                        m, k, rows, m if self._transposed else k, piece, taps, k, into, ld, tap_major, start > 0
-                    )
+                    ld_rows = m if self._transposed else k
+                    self._multiply(m, k, self._rows_at, ld_rows, piece, self._taps_at, k, ld, tap_major, start > 0)
             return
-        b, d, h, w = (r[0] for r in hull)
+        (b, _), (d, _), (h, _), (w, _) = hull
         position = (d * self.sizes[2] + h) * self.sizes[3] + w
         item = self._gemm.itemsize
-        offset = b * self._cin * self._space + position * (1 if self._transposed else self._cin)
-        rows = self._value.ctypes.data + offset * item
-        taps = self._filter.ctypes.data
-        ld_rows = self._space if self._transposed else self._cin
+        if self._transposed:
+            rows, ld_rows = self._value_at + (b * cin * self._space + position) * item, self._space
+        else:
+            rows, ld_rows = self._value_at + (b * self._space + position) * cin * item, cin
         for piece in pieces:
-            at = taps + piece.first * self._cin * item
-            self._multiply(m, self._cin, rows, ld_rows, piece, at, self._cin, into, ld, tap_major, False)
+            at = self._filter_at + piece.first * cin * item
+            self._multiply(m, cin, rows, ld_rows, piece, at, cin, ld, tap_major, False)
 
     def _multiply(
         self, m: int, k: int, rows: int, ld_rows: int, piece: Piece, taps: int, ld_taps: int,
-        into: Array, ld: int, tap_major: bool, accumulate: bool,
+        ld: int, tap_major: bool, accumulate: bool,
     ) -> None:  # fmt: skip
-        item = self._gemm.itemsize
+        gemm = self._gemm
         if tap_major:
-            to = into.ctypes.data + piece.column * ld * item
-            self._gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not self._transposed, to, ld, accumulate)
+            to = self._buffer_at + piece.column * ld * gemm.itemsize
+            gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not self._transposed, to, ld, accumulate)
         else:
-            to = into.ctypes.data + piece.column * item
-            self._gemm(m, piece.rows, k, rows, ld_rows, self._transposed, taps, ld_taps, True, to, ld, accumulate)
+            to = self._buffer_at + piece.column * gemm.itemsize
+            gemm(m, piece.rows, k, rows, ld_rows, self._transposed, taps, ld_taps, True, to, ld, accumulate)
 
     def _widen(self, hull: Box, start: int) -> None:
         """Widen the rows of a hull, unless they are what is held already; the layout stays."""

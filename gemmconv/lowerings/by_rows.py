@@ -8,10 +8,10 @@ block's border are taken with just the taps that land inside, so no product is f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,20 +32,22 @@ from gemmconv.lowerings.base import (
     store,
 )
 from gemmconv.lowerings.cost import SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
-from gemmconv.lowerings.phases import Phase, gaps, landing, phases
+from gemmconv.lowerings.phases import Slots, slots
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
 _FEW_ROWS, _MOST_ROWS = 16, 2048
 _MOST_TAPS = 1024  # filter rows of one GEMM
-_FEW_CELLS = 512  # of an accumulator, for each output channel
+_FEW_CELLS = 64  # of an accumulator, for each output channel: blocks are not cut below this
 _L2_SHARE = 0.75
 _COLUMNS_SHARE = 0.4
 _PACK_SHARE = 0.25
 
+T = TypeVar("T")
+
 
 class Block(NamedTuple):
-    """A box of the output: batch entries, fine positions in depth and height, q of the phases in width."""
+    """A box of the output: batch entries, and q of the slots in depth, height and width."""
 
     batch: Range
     depth: Range
@@ -66,9 +68,9 @@ class ByRows:
 
     problem: Problem
     axes: tuple[Axis, Axis, Axis]
-    phases: tuple[Phase, ...]  # of width
+    slots: tuple[Slots, Slots, Slots]
     gaps: bool
-    cuts: tuple[list[Range], ...]  # of batch, fine positions in depth and height, q in width
+    cuts: tuple[list[Range], ...]  # of batch, and q in depth, height and width
     rows: int  # the most rows of a GEMM
     taps: int  # the most filter rows of a GEMM
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
@@ -94,28 +96,31 @@ class ByRows:
     @property
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
-        sums = self.problem.cout * len(self.phases) * math.prod(map(longest, self.cuts))
+        sums = math.prod(self._sums_shape([longest(cut) for cut in self.cuts]))
         widened = (self.rows * self.depth, self.taps * self.depth) if self.widens else ()
         return sum(aligned(values * item) for values in (self.rows * self.taps, sums, *widened))
 
     def time_s(self, machine: Machine) -> float:
-        """Return the estimated time on one core: a block in the middle, times the number of blocks; see cost.py."""
+        """Return the estimated time on one core: blocks in the middle, times the number of blocks; see cost.py."""
         problem, width = self.problem, self.axes[2].coarse
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
-        block = self.block(self.count // 2)
         total = 0.0
-        for d, h, w in self._steps(block):
-            rows = math.prod(stop - start for start, stop in (block.batch, d.rows, h.rows, w.rows))
-            taps = math.prod(stop - start for start, stop in (d.taps, h.taps, w.taps))
-            calls = -(-rows // self.rows)
-            cuts = -(-taps * problem.cout // self.taps)
-            total += calls * cuts * gemm_s(rows / calls, taps * problem.cout / cuts, problem.cin)
-            total += calls * taps * pass_s(rows / calls * problem.cout, min(width, rows), spilled=spilled)
+        spans = [[slots.span(axis, q) for q in cut] for axis, slots, cut in self._by_axis(self.cuts[1:])]
+        for d, h, w in product(*map(_sample, self.axes, spans)):
+            rows = longest(self.cuts[0]) * d.rows * h.rows * w.rows
+            calls = max(1.0, rows / self.rows)
+            taps = d.taps * h.taps * w.taps
+            cuts = max(1.0, taps * problem.cout / self.taps)
+            time_s = calls * cuts * gemm_s(rows / calls, taps * problem.cout / cuts, problem.cin)
+            adds = math.prod(self._moves) / math.prod(problem.kernel) * taps
+            time_s += (
+                calls * adds * pass_s(rows / calls * problem.cout * taps / adds, min(width, rows), spilled=spilled)
+            )
+            total += time_s * len(self.cuts[0]) * d.share * h.share * w.share
         scattered = problem.layout == "NDHWC" and problem.cout > 1
-        values = math.prod(problem.output_shape) / self.count
-        phases = max(1, len(self.phases))
-        total += phases * pass_s(values / phases, width, spilled=spilled, strided=scattered or self.axes[2].stride > 1)
-        return total * self.count
+        stores = self.count * max(1, math.prod(len(slots.offsets) for slots in self.slots))
+        values = math.prod(problem.output_shape) / stores
+        return total + stores * pass_s(values, width, spilled=spilled, strided=scattered or self.axes[2].stride > 1)
 
     @property
     def reason(self) -> str:
@@ -125,9 +130,16 @@ class ByRows:
             f"columns added along rows{widened}"
         )
 
+    @property
+    def _moves(self) -> tuple[int, ...]:
+        return tuple(max(1, len(slots.moves)) for slots in self.slots)
+
+    def _by_axis(self, parts: Sequence[T]) -> Iterator[tuple[Axis, Slots, T]]:
+        return zip(self.axes, self.slots, parts, strict=True)
+
     def _steps(self, block: Block) -> Iterator[tuple[Step, ...]]:
         """Yield which rows meet a block with which taps, axis by axis."""
-        return product(*(axis_steps(axis, span) for axis, span in zip(self.axes, self._spans(block), strict=True)))
+        return product(*(axis_steps(axis, slots.span(axis, q)) for axis, slots, q in self._by_axis(block[1:])))
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         if self.axes[2].coarse >= SHORT_RUN:
@@ -135,59 +147,66 @@ class ByRows:
         workspace.reset()
         block = self.block(index)
         problem, axes = self.problem, self.axes
-        columns = Columns(problem, axes, operands, workspace, self.depth, self.rows if self.widens else 0, self.taps)
-        buffer = workspace.take(self.rows * self.taps)
-        sums = workspace.take(*self._sums_shape(block))
+        columns = Columns(problem, axes, operands, workspace, self.rows, self.taps, self.depth, self.widens)
+        sums = workspace.take(*self._sums_shape([stop - start for start, stop in block]))
         sums[...] = 0
         outer = 1 if problem.layout == "NCDHW" else 0
         for d, h, w in self._steps(block):
             for taps in groups((d.taps, h.taps, w.taps), self.taps // problem.cout):
                 for box in chunks(Box(block.batch, d.rows, h.rows, w.rows), columns.sizes, self.rows, outer):
-                    self._add(block, box, taps, columns, buffer, sums)
+                    self._add(block, box, taps, columns, sums)
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
-        output = output[slice(*block.batch), slice(*block.depth), slice(*block.height)]
+        output = output[slice(*block.batch)]
         if self.gaps:
-            output[:, :, :, slice(*self._spans(block)[2])] = 0
-        stride = axes[2].stride
-        for phase, result in zip(self.phases, sums.transpose(4, 1, 2, 3, 5, 0), strict=True):
-            to = output[:, :, :, block.width[0] * stride + phase.offset : block.width[1] * stride : stride]
-            store(to, result[:, :, :, : to.shape[3]])
+            output[:, *(slice(*slots.span(axis, q)) for axis, slots, q in self._by_axis(block[1:]))] = 0
+        for at_d, at_h, at_w in product(*(places(*parts) for parts in self._by_axis(block[1:]))):
+            result = sums[:, :, at_d.slot, at_d.q, at_h.slot, at_h.q, at_w.slot, at_w.q]
+            store(output[:, at_d.fine, at_h.fine, at_w.fine], result.transpose(1, 2, 3, 4, 0))
 
-    def _add(
-        self, block: Block, box: Box, taps: tuple[Range, Range, Range], columns: Columns, buffer: Array, sums: Array
-    ) -> None:
+    def _add(self, block: Block, box: Box, taps: tuple[Range, Range, Range], columns: Columns, sums: Array) -> None:
         """Form the columns of a contiguous box of rows with a box of taps, and add each where it lands."""
-        d, h, w = self.axes
+        _, h, w = self.axes
         cout, m = self.problem.cout, math.prod(box.sizes)
         many = [stop - start for start, stop in taps]
-        columns.form(box, pieces(taps, (h.kernel, w.kernel), cout), buffer, m, tap_major=True)
-        column = buffer[: math.prod(many) * cout * m].reshape(*many, cout, *box.sizes)
+        columns.form(box, pieces(taps, (h.kernel, w.kernel), cout), m, tap_major=True)
+        column = columns.buffer[: math.prod(many) * cout * m].reshape(*many, cout, *box.sizes)
+        # Slots beside rows: [tap d, row d, tap h, row h, tap w, row w] behind output channels and batch.
+        column = column.transpose(3, 4, 0, 5, 1, 6, 2, 7)
         sums = sums[:, box.batch[0] - block.batch[0] : box.batch[1] - block.batch[0]]
-        for a in range(many[0]):
-            from_d, to_d = meeting(d, taps[0][0] + a, box.depth, block.depth)
-            for b in range(many[1]):
-                from_h, to_h = meeting(h, taps[1][0] + b, box.height, block.height)
-                for i, phase in enumerate(self.phases):
-                    for tap, shift in phase.taps:
-                        start, stop = landing(w, phase, shift, block.width)
-                        start, stop = max(start, box.width[0]), min(stop, box.width[1])
-                        c = tap - taps[2][0]
-                        if start >= stop or not 0 <= c < many[2]:
-                            continue
-                        part = column[a, b, c, :, :, from_d, from_h, start - box.width[0] : stop - box.width[0]]
-                        first = shift - block.width[0]
-                        to = sums[:, :, to_d, to_h, i, start + first : stop + first]
-                        np.add(to, part, out=to)
+        along = [
+            meetings(slots, tap, rows, q)
+            for (_, slots, q), tap, rows in zip(self._by_axis(block[1:]), taps, box[1:], strict=True)
+        ]
+        for from_d, to_d in along[0]:
+            for from_h, to_h in along[1]:
+                part, target = column[:, :, *from_d, *from_h], sums[:, :, *to_d, *to_h]
+                for from_w, to_w in along[2]:
+                    cells = target[..., *to_w]
+                    np.add(cells, part[..., *from_w], cells)
 
-    def _spans(self, block: Block) -> tuple[Range, Range, Range]:
-        """Return the block's fine positions in depth, height and width."""
-        width = self.axes[2]
-        start, stop = block.width
-        return block.depth, block.height, (start * width.stride, min(stop * width.stride, width.fine))
+    def _sums_shape(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of an accumulator: output channels, batch, then slots and q of each axis."""
+        d, h, w = (len(slots.offsets) for slots in self.slots)
+        return self.problem.cout, sizes[0], d, sizes[1], h, sizes[2], w, sizes[3]
 
-    def _sums_shape(self, block: Block) -> tuple[int, ...]:
-        batch, depth, height, width = (stop - start for start, stop in block)
-        return self.problem.cout, batch, depth, height, len(self.phases), width
+
+class Place(NamedTuple):
+    """A slot of an axis in a block: which q of it are inside the output, and where they are."""
+
+    slot: int
+    q: slice
+    fine: slice
+
+
+def places(axis: Axis, slots: Slots, q: Range) -> Iterator[Place]:
+    """Yield the slots of an axis in an interval of q."""
+    for slot, offset in enumerate(slots.offsets):
+        start = max(q[0], -(offset // axis.stride))
+        stop = min(q[1], -((offset - axis.fine) // axis.stride))
+        if start < stop:
+            first = start * axis.stride + offset
+            fine = slice(first, first + (stop - start - 1) * axis.stride + 1, axis.stride)
+            yield Place(slot, slice(start - q[0], stop - q[0]), fine)
 
 
 def axis_steps(axis: Axis, span: Range) -> list[Step]:
@@ -208,6 +227,20 @@ def axis_steps(axis: Axis, span: Range) -> list[Step]:
         if taps[0] < taps[1]:
             found.append(Step((start, stop), taps))
     return found
+
+
+class _Sampled(NamedTuple):
+    rows: int
+    taps: int
+    share: float  # how many steps of an axis it stands for
+
+
+def _sample(axis: Axis, spans: list[Range]) -> list[_Sampled]:
+    """Return the steps of a few neighbouring intervals, as many as phases, in the middle of an axis."""
+    few = min(len(spans), axis.stride)
+    start = (len(spans) - few) // 2
+    found = [step for span in spans[start : start + few] for step in axis_steps(axis, span)]
+    return [_Sampled(s.rows[1] - s.rows[0], s.taps[1] - s.taps[0], len(spans) / few) for s in found]
 
 
 def groups(taps: tuple[Range, Range, Range], most: int) -> Iterator[tuple[Range, Range, Range]]:
@@ -250,44 +283,47 @@ def pieces(taps: tuple[Range, Range, Range], kernel: tuple[int, int], cout: int)
     return [Piece(d0 * kh * kw * cout, (d1 - d0) * many, 0)]
 
 
-def meeting(axis: Axis, tap: int, rows: Range, span: Range) -> tuple[slice, slice]:
-    """Return which of some coarse positions a tap carries into a fine interval, and where in it they land."""
-    base = tap * axis.dilation - axis.lo
-    start = max(rows[0], -((base - span[0]) // axis.stride))
-    stop = max(start, min(rows[1], -((base - span[1]) // axis.stride)))
-    first = start * axis.stride + base - span[0]
-    if start == stop:
-        return slice(0, 0), slice(0, 0)
-    return slice(start - rows[0], stop - rows[0]), slice(
-        first, first + (stop - start - 1) * axis.stride + 1, axis.stride
-    )
+def meetings(slots: Slots, taps: Range, rows: Range, q: Range) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """Return which taps and rows of a box meet an interval of q together, and the slots and q they land on."""
+    found = []
+    for move in slots.moves:
+        first, last = max(move.tap, taps[0]), min(move.tap + move.many, taps[1])
+        start, stop = max(rows[0], q[0] - move.shift), min(rows[1], q[1] - move.shift)
+        if first < last and start < stop:
+            slot = move.slot + first - move.tap
+            found.append(
+                (
+                    (slice(first - taps[0], last - taps[0]), slice(start - rows[0], stop - rows[0])),
+                    (slice(slot, slot + last - first), slice(start + move.shift - q[0], stop + move.shift - q[0])),
+                )
+            )
+    return found
 
 
 def schedule(problem: Problem, machine: Machine) -> ByRows:
     """Choose the blocks for a problem, by the cost of ever smaller accumulators of whole planes and rows."""
     axes = canonical(problem.axes)
-    d, h, w = axes
-    of_width = phases(w)
-    across = -(-w.fine // w.stride)
-    row = across * max(1, len(of_width))
-    plane = h.fine * row
+    of_axes = slots(axes[0]), slots(axes[1]), slots(axes[2])
+    depth, height, width = (of_axis.count for of_axis in of_axes)
+    each = max(1, math.prod(len(of_axis.offsets) for of_axis in of_axes))
     item = problem.compute_dtype.itemsize
     taps = min(max(1, _MOST_TAPS // problem.cout), math.prod(problem.kernel)) * problem.cout
     rows = max(_FEW_ROWS, min(_MOST_ROWS, int(machine.l2_bytes * _COLUMNS_SHARE) // (taps * item)))
     rows = min(rows, problem.batch * math.prod(problem.coarse))
     widens = must_widen(problem)
-    depth = problem.cin
+    channels = problem.cin
     if widens:
-        depth = min(depth, max(1, int(machine.l2_bytes * _PACK_SHARE) // item // max(rows, taps)))
+        channels = min(channels, max(1, int(machine.l2_bytes * _PACK_SHARE) // item // max(rows, taps)))
+    unreached = any(len(of_axis.offsets) < min(a.stride, a.fine) for a, of_axis in zip(axes, of_axes, strict=True))
 
-    def candidate(cells: int) -> ByRows:
-        batch = 1 if problem.layout == "NCDHW" else max(1, cells // (d.fine * plane))
-        chunks = (batch, max(1, cells // plane), max(1, cells // row), max(1, cells // max(1, len(of_width))))
-        whole = (problem.batch, d.fine, h.fine, across)
+    def candidate(positions: int) -> ByRows:
+        batch = 1 if problem.layout == "NCDHW" else max(1, positions // (depth * height * width))
+        chunks = (batch, max(1, positions // (height * width)), max(1, positions // width), max(1, positions))
+        whole = (problem.batch, depth, height, width)
         cuts = tuple(split(n, min(n, chunk)) for n, chunk in zip(whole, chunks, strict=True))
-        return ByRows(problem, axes, of_width, gaps(w, of_width), cuts, rows, taps, widens, depth)
+        return ByRows(problem, axes, of_axes, unreached, cuts, rows, taps, widens, channels)
 
-    cells = [problem.batch * d.fine * plane]
-    while cells[-1] > _FEW_CELLS:
-        cells.append(cells[-1] // 2)
-    return best([candidate(n) for n in cells], machine)
+    positions = [problem.batch * depth * height * width]
+    while positions[-1] * each > _FEW_CELLS:
+        positions.append(positions[-1] // 2)
+    return best([candidate(n) for n in positions], machine)

@@ -149,51 +149,63 @@ class ByTaps:
             spans = zip(axes, block[1:4], before, strict=True)
             output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = 0
         n = self.lanes * (block.channels[1] - block.channels[0])
-        columns = Columns(problem, axes, operands, workspace, self.depth, self.rows if self.widens else 0, n)
-        buffer = workspace.take(self.rows * n)
+        columns = Columns(problem, axes, operands, workspace, self.rows, n, self.depth, self.widens)
         sums = None if self.direct else workspace.take(*self._sums_shape(block))
         for d, h in block.pairs:
             depth, height = self.phases[0][d], self.phases[1][h]
             if sums is None:
-                self._products(block, depth, height, columns, buffer, self._rows_of(output, block, depth, height))
+                self._products(block, depth, height, columns, self._rows_of(output, block, depth, height))
             else:
                 sums[...] = 0
-                self._products(block, depth, height, columns, buffer, list(sums))
+                self._products(block, depth, height, columns, list(sums))
                 self._store(output, block, depth, height, sums)
 
-    def _products(
-        self, block: Block, depth: Phase, height: Phase, columns: Columns, buffer: Array, targets: list[Array]
-    ) -> None:
+    def _products(self, block: Block, depth: Phase, height: Phase, columns: Columns, targets: list[Array]) -> None:
         """Form the columns of all taps of one pair of phases, and add each where it lands."""
         d, h, w = self.axes
         channels, cout = block.channels[1] - block.channels[0], self.problem.cout
         n = self.lanes * channels
+        # As it lies, the filter's rows of several lanes follow each other only with all their output channels.
+        lines = 1 if channels == cout else self.lanes
+        cut = len(self.cuts[3]) > 1
+        along_h = [(tap, *landing(h, height, shift, block.height), shift) for tap, shift in height.taps]
+        along_w = self._along_w(block, targets)
         for tap_d, shift_d in depth.taps:
             at_d = landing(d, depth, shift_d, block.depth)
-            for tap_h, shift_h in height.taps:
-                at_h = landing(h, height, shift_h, block.height)
-                if at_d[0] == at_d[1] or at_h[0] == at_h[1]:
+            to_d = slice(at_d[0] + shift_d - block.depth[0], at_d[1] + shift_d - block.depth[0])
+            for tap_h, start_h, stop_h, shift_h in along_h:
+                if at_d[0] >= at_d[1] or start_h >= stop_h:
                     continue
-                to_d = slice(at_d[0] + shift_d - block.depth[0], at_d[1] + shift_d - block.depth[0])
-                to_h = slice(at_h[0] + shift_h - block.height[0], at_h[1] + shift_h - block.height[0])
-                for target, phase in zip(targets, self.phases[2], strict=True):
-                    for tap_w, shift_w in phase.taps:
-                        at_w = landing(w, phase, shift_w, block.width)
-                        if at_w[0] == at_w[1]:
-                            continue
-                        box = Box(block.batch, at_d, at_h, at_w)
-                        hull = box.hull(columns.sizes)
-                        first = ((tap_d * h.kernel + tap_h) * w.kernel + tap_w) * cout + block.channels[0]
-                        if channels == cout:
-                            pieces = [Piece(first, n, 0)]
-                        else:
-                            pieces = [Piece(first + i * cout, channels, i * channels) for i in range(self.lanes)]
-                        columns.form(hull, pieces, buffer, n, tap_major=False)
-                        column = buffer[: math.prod(hull.sizes) * n].reshape(*hull.sizes, self.lanes, channels)
-                        shift = shift_w - block.width[0]
-                        to = target[:, to_d, to_h, at_w[0] + shift : at_w[1] + shift]
-                        # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
-                        np.add(column[box.within(hull)], 0 if self.direct else to, out=to)
+                to_h = slice(start_h + shift_h - block.height[0], stop_h + shift_h - block.height[0])
+                box = Box(block.batch, at_d, (start_h, stop_h), (0, w.coarse))
+                hull = box.hull(columns.sizes)
+                inside = box.within(hull)[:3]
+                first = (tap_d * h.kernel + tap_h) * w.kernel * cout + block.channels[0]
+                for target, tap_w, at_w, to_w in along_w:
+                    if cut:  # blocks are pieces of single rows
+                        hull, from_w = Box(block.batch, at_d, (start_h, stop_h), at_w), slice(None)
+                    else:
+                        from_w = slice(*at_w)
+                    at = first + tap_w * cout
+                    pieces = [Piece(at + i * cout, n // lines, i * channels) for i in range(lines)]
+                    columns.form(hull, pieces, n, tap_major=False)
+                    sizes = hull.sizes
+                    column = columns.buffer[: math.prod(sizes) * n].reshape(*sizes, self.lanes, channels)
+                    column = column[*inside, from_w]
+                    cells = target[:, to_d, to_h, to_w]
+                    # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
+                    np.add(column, 0 if self.direct else cells, cells)
+
+    def _along_w(self, block: Block, targets: list[Array]) -> list[tuple[Array, int, Range, slice]]:
+        """Return for each tap along W that lands in a block: where its phase is, the tap, which rows, and to where."""
+        found = []
+        for target, phase in zip(targets, self.phases[2], strict=True):
+            for tap, shift in phase.taps:
+                start, stop = landing(self.axes[2], phase, shift, block.width)
+                if start < stop:
+                    to = slice(start + shift - block.width[0], stop + shift - block.width[0])
+                    found.append((target, tap, (start, stop), to))
+        return found
 
     def _rows_of(self, output: Array, block: Block, depth: Phase, height: Phase) -> list[Array]:
         """Return the output's cells of a block and pair, as [batch, d, h, w, lane, channel] for each phase of W."""

@@ -59,3 +59,38 @@ def landing(axis: Axis, phase: Phase, shift: int, q: Range) -> Range:
     """Return the coarse positions that a tap carries into q's interval of a phase."""
     start = max(0, q[0] - shift)
     return start, max(start, min(axis.coarse, min(q[1], phase.count) - shift))
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`many` consecutive taps that carry coarse position i to q = i + shift, in consecutive slots."""
+
+    tap: int
+    many: int
+    slot: int
+    shift: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """An axis as slots: fine positions ``q * stride + offset`` for each offset, all with q in [0, count)."""
+
+    offsets: tuple[int, ...]
+    count: int
+    moves: tuple[Move, ...]
+
+    def span(self, axis: Axis, q: Range) -> Range:
+        """Return the fine positions that an interval of q covers, gaps included."""
+        first = min(self.offsets[0], 0) if self.offsets else 0
+        return max(0, q[0] * axis.stride + first), min(axis.fine, q[1] * axis.stride + first)
+
+
+def slots(axis: Axis) -> Slots:
+    """Return an axis as slots: the lanes of its tiles where it has them, otherwise its phases."""
+    if tileable(axis):
+        (tile,) = tiles(axis)
+        moves = tuple(Move(tap, axis.stride, 0, shift) for tap, shift in tile.taps)
+        return Slots(tuple(tile.offset + lane for lane in range(axis.stride)), tile.count, moves)
+    found = phases(axis)
+    moves = tuple(Move(tap, 1, i, shift) for i, phase in enumerate(found) for tap, shift in phase.taps)
+    return Slots(tuple(phase.offset for phase in found), -(-axis.fine // axis.stride), moves)

@@ -1,0 +1,1 @@
+"""Measurements of gemmconv, run from a checkout as `python -m bench`; not part of the installed package."""

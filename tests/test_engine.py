@@ -1,0 +1,348 @@
+"""The engine from inside: both orders of work and all blocks give the oracle's bits, and no product is formed twice."""
+
+import ast
+import contextvars
+import ctypes
+import dataclasses
+import itertools
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from oracle import dtype_named, integers, same_bits
+
+import gemmconv
+from gemmconv import blas, plan_conv3d_transpose
+from gemmconv.lowerings import LOWERINGS, Operands, Workspace, by_rows, by_taps, cost
+from gemmconv.lowerings.base import Box, Columns, split
+from gemmconv.lowerings.phases import slots
+from gemmconv.machine import Machine
+from gemmconv.plan import make_plan
+from gemmconv.problem import Axis, conv3d_transpose_problem, reachable
+
+ORDERS = {"by_taps": by_taps.schedule, "by_rows": by_rows.schedule}
+TINY_CACHE, SMALL_CACHE, CACHE = 64, 4096, 1 << 20
+
+
+def random_problem(rng, dtype="float32"):
+    """Return a random problem of a few thousand cells, one in three with a kernel that is a multiple of the stride."""
+    n, k, s, d = (rng.integers(1, high, 3) for high in (7, 6, 4, 4))
+    if rng.random() < 1 / 3:
+        k, d = s * rng.integers(1, 3, 3), np.ones(3, int)
+    padding = str(rng.choice(["SAME", "VALID"]))
+    layout = str(rng.choice(["NDHWC", "NCDHW"]))
+    axes = [tuple(map(int, axis)) for axis in zip(n, k, s, d, strict=True)]
+    o = [int(rng.integers(low, high + 1)) for low, high in (reachable(*axis, padding) for axis in axes)]
+    batch, cin, cout = int(rng.integers(1, 4)), int(rng.integers(1, 6)), int(rng.choice([1, 2, 3, 8, 9, 17, 33, 40]))
+    return conv3d_transpose_problem(
+        oracle.caller_order([batch, *map(int, n), cin], layout),
+        (*map(int, k), cout, cin),
+        oracle.caller_order([batch, *o, cout], layout),
+        s.tolist(),
+        padding,
+        layout,
+        d.tolist(),
+        np.dtype(dtype_named(dtype)),
+    )
+
+
+def plan_of(problem, order, l2_bytes, workers=2):
+    """Return a plan that does a problem in a given order of work, as on a machine with another cache."""
+    machine = Machine(2, l2_bytes, 1 << 24)
+    plan = make_plan.__wrapped__(problem, machine, "col2im", workers)
+    return dataclasses.replace(plan, schedule=ORDERS[order](problem, machine))
+
+
+def expected(problem, value, filter):
+    """Return the oracle's result for a problem."""
+    strides, dilations = ([getattr(axis, name) for axis in problem.axes] for name in ("stride", "dilation"))
+    padding = "SAME"
+    for axis in problem.axes:
+        low, high = reachable(axis.coarse, axis.kernel, axis.stride, axis.dilation, "SAME")
+        lo = max(0, (axis.coarse - 1) * axis.stride + axis.extent - axis.fine) // 2
+        if not low <= axis.fine <= high or lo != axis.lo:
+            padding = "VALID"
+    return oracle.conv3d_transpose(value, filter, problem.output_shape, strides, padding, problem.layout, dilations)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seed", range(6))
+def test_every_block_size_gives_the_oracles_bits(order, seed):
+    """Whole numbers, in caches of 64 bytes to 1 MiB."""
+    rng = np.random.default_rng([seed, 11])
+    cut = 0
+    for i in range(60):
+        problem = random_problem(rng, "float32" if i % 4 else "float16" if i % 8 else "complex64")
+        value, filter = (integers(rng, s, problem.dtype) for s in (problem.value_shape, problem.filter_shape))
+        if problem.dtype == np.float16:
+            value, filter = value % 2, filter % 2
+        exact = oracle.rounded(expected(problem, value, filter), problem.dtype)
+        for l2_bytes in (TINY_CACHE, SMALL_CACHE, CACHE):
+            plan = plan_of(problem, order, l2_bytes)
+            cut += plan.blocks > 4
+            assert same_bits(plan(value, filter), exact), (i, l2_bytes, plan.schedule)
+    assert cut > 30, "the small caches must cut problems into blocks"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_product_is_formed_twice(order, monkeypatch):
+    """Each row of the value meets each row of the filter at most once, and every cell of the output is stored once."""
+    formed = []
+
+    def form(self, hull, pieces, ld, tap_major):
+        formed.append((hull, list(pieces)))
+        self.buffer[...] = 0
+
+    monkeypatch.setattr(Columns, "form", form)
+    rng = np.random.default_rng(12)
+    for i in range(150):
+        problem = random_problem(rng)
+        plan = plan_of(problem, order, (TINY_CACHE, SMALL_CACHE, CACHE)[i % 3])
+        formed.clear()
+        out = np.full(problem.output_shape, np.nan, np.float32)
+        plan(np.zeros(problem.value_shape, np.float32), np.zeros(problem.filter_shape, np.float32), out)
+        assert not np.isnan(out).any(), plan.schedule
+        met = np.zeros(
+            (problem.batch, *(a.coarse for a in plan.schedule.axes), math.prod(problem.filter_shape[:4])), int
+        )
+        for hull, pieces in formed:
+            for piece in pieces:
+                met[(*(slice(*r) for r in hull), slice(piece.first, piece.first + piece.rows))] += 1
+        assert met.max(initial=0) <= 1, plan.schedule
+        flops = 2 * met.sum() * problem.cin
+        assert flops <= problem.flops
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_workers_do_not_change_bits(order):
+    """Normal data, one and two workers, alone and while other threads compute."""
+    rng = np.random.default_rng(13)
+    stop = threading.Event()
+
+    def load():
+        a = np.ones((2, 8, 8, 8, 16), np.float32)
+        w = np.ones((3, 3, 3, 16, 16), np.float32)
+        while not stop.is_set():
+            gemmconv.conv3d_transpose(a, w, strides=2)
+
+    problem = conv3d_transpose_problem(
+        (2, 9, 10, 11, 24), (4, 3, 4, 40, 24), None, (2, 1, 2), "SAME", None, None, np.dtype(np.float32)
+    )
+    value, filter = (rng.standard_normal(s, np.float32) for s in (problem.value_shape, problem.filter_shape))
+    plans = [plan_of(problem, order, CACHE, workers) for workers in (1, 2)]
+    assert plans[0].schedule == plans[1].schedule
+    first = plans[0](value, filter)
+    others = [threading.Thread(target=load) for _ in range(2)]
+    for alone in (True, False):
+        if not alone:
+            for thread in others:
+                thread.start()
+        for plan in plans * 3:
+            assert same_bits(plan(value, filter), first)
+    stop.set()
+    for thread in others:
+        thread.join()
+
+
+def test_workspace_is_what_the_plan_says_and_bounded():
+    """For any shape: a block takes exactly its workspace, and a worker at most a few L2 caches."""
+    machine = Machine(2, CACHE, 1 << 24)
+    shapes = [
+        ((1, 1, 1, 1_000_000, 16), (1, 1, 3, 16, 16)),
+        ((1, 1_000_000, 1, 1, 1), (3, 1, 1, 1, 1)),
+        ((1, 1, 1024, 1024, 8), (1, 4, 4, 8, 8)),
+        ((1, 1, 1024, 1024, 4), (1, 9, 9, 1, 4)),
+        ((1, 2, 2, 2, 512), (4, 4, 4, 512, 512)),
+        ((64, 1, 1, 1, 4096), (2, 2, 2, 4096, 4096)),
+        ((1, 4, 4, 4, 100_000), (2, 2, 2, 3, 100_000)),
+        ((1, 300, 300, 300, 2), (5, 5, 5, 2, 2)),
+        ((1, 20, 1000, 2, 7), (3, 3, 3, 11, 7)),
+    ]
+    for (value, filter), stride, dilation, dtype, layout in itertools.product(
+        shapes, (1, 2, 5), (1, 3, 1000), ("float32", "float16", "complex128"), ("NDHWC", "NCDHW")
+    ):
+        shape = oracle.caller_order(list(value), layout)
+        problem = conv3d_transpose_problem(shape, filter, None, stride, "SAME", layout, dilation, np.dtype(dtype))
+        assert LOWERINGS["col2im"](problem, machine).workspace_bytes <= 4 * CACHE, problem
+
+
+def test_a_workspace_that_is_too_small_is_noticed():
+    """So that the bound above is on what blocks really take."""
+    problem = random_problem(np.random.default_rng(14))
+    schedule = plan_of(problem, "by_taps", CACHE).schedule
+    shapes = problem.value_shape, problem.filter_shape, problem.output_shape
+    operands = Operands(*(np.ones(s, np.float32) for s in shapes))
+    small = Workspace(schedule.workspace_bytes - 64, problem.compute_dtype)
+
+    def run():
+        for i in range(schedule.count):
+            schedule.run(i, operands, small)
+
+    with pytest.raises(ValueError, match="reshape"):
+        contextvars.copy_context().run(run)
+
+
+@pytest.mark.parametrize("name", ["sgemm", "dgemm", "cgemm", "zgemm"])
+def test_fallback_on_matmul(name, monkeypatch):
+    """Without SciPy's pointer, with an unknown signature or a wrong BLAS, matmul gives the same whole numbers."""
+    dtype = np.dtype({"s": "f4", "d": "f8", "c": "c8", "z": "c16"}[name[0]])
+    real = blas.cython_blas.__pyx_capi__[name]
+
+    signatures = {"missing": {}, "unknown": {name: renamed(real, b"void (char *, long double *)")}}
+    rng = np.random.default_rng(15)
+    problem = random_problem(rng, dtype.name)
+    value, filter = (integers(rng, s, dtype) for s in (problem.value_shape, problem.filter_shape))
+    exact = oracle.rounded(expected(problem, value, filter), dtype)
+    reasons = {"missing": f"publishes no {name}", "unknown": "signature this version does not know"}
+    for case, capsules in signatures.items():
+        monkeypatch.setattr(blas.cython_blas, "__pyx_capi__", capsules)
+        monkeypatch.setattr(blas, "_paths", {})
+        gemmconv.clear_cache()
+        described = blas.describe()[dtype.name]
+        assert described["path"] == "numpy.matmul"
+        assert reasons[case] in described["reason"]
+        for order in ORDERS:
+            assert same_bits(plan_of(problem, order, SMALL_CACHE)(value, filter), exact)
+    gemmconv.clear_cache()
+
+
+def renamed(capsule, name, kept=[]):  # noqa: B006  the name must outlive the capsule
+    """Return a capsule of the same pointer under another name."""
+    kept.append(name)
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_name = ctypes.pythonapi.PyCapsule_GetName
+    get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return new(pointer(capsule, get_name(capsule)), name, None)
+
+
+def test_self_test_finds_a_wrong_blas():
+    """One that writes beside its columns, and one that gives wrong values."""
+    for wrong, what in (
+        (lambda c: c.__setitem__((0, 0), 1), "guard cells"),
+        (lambda c: c.__setitem__((1, 0), 99), "values"),
+    ):
+
+        class Wrong(blas.Gemm):
+            def __call__(self, m, n, k, a, lda, a_t, b, ldb, b_t, c, ldc, accumulate=False):
+                super().__call__(m, n, k, a, lda, a_t, b, ldb, b_t, c, ldc, accumulate)
+                memory = (ctypes.c_float * ((m + 2) * ldc)).from_address(c - ldc * 4)
+                wrong(np.frombuffer(memory, np.float32).reshape(m + 2, ldc))  # noqa: B023
+
+        assert what in blas.self_test(Wrong(np.dtype("f4")))
+    assert blas.self_test(blas.Gemm(np.dtype("f4"))) == ""
+
+
+def test_gemm_refuses_what_its_integers_cannot_hold():
+    """Before any memory is touched, with the numbers."""
+    gemm = blas.Gemm(np.dtype("f4"))
+    too_many = blas.largest_integer(np.dtype("f4")) + 1
+    with pytest.raises(OverflowError, match=f"m=1, n={too_many}, .*integers end at {too_many - 1}"):
+        gemm(1, too_many, 1, 0, 1, False, 0, 1, False, 0, too_many)
+
+
+def test_rows_too_far_apart_for_blas_are_packed(monkeypatch):
+    """In NCDHW the leading dimension is the volume: where BLAS' integers cannot hold it, blocks are copied."""
+    monkeypatch.setattr("gemmconv.lowerings.base.largest_integer", lambda dtype: 30)
+    rng = np.random.default_rng(16)
+    widened = 0
+    for _ in range(40):
+        problem = random_problem(rng)
+        value, filter = (integers(rng, s, problem.dtype) for s in (problem.value_shape, problem.filter_shape))
+        for order in ORDERS:
+            plan = plan_of(problem, order, SMALL_CACHE)
+            widened += plan.schedule.widens
+            assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), np.float32))
+    assert widened > 10
+
+
+@pytest.mark.parametrize("lo", [-3, 0, 2])
+def test_axes_take_any_padding(lo):
+    """Negative padding before too, which later operations need: pairs of a small axis, one by one."""
+    axis = Axis(coarse=5, fine=9, kernel=3, stride=2, dilation=2, lo=lo)
+    pairs = {(i, a): i * 2 + a * 2 - lo for i in range(5) for a in range(3)}
+    for start, stop in itertools.combinations(range(10), 2):
+        steps = by_rows.axis_steps(axis, (start, stop))
+        found = [(i, a) for step in steps for i in range(*step.rows) for a in range(*step.taps)]
+        assert len(found) == len(set(found))
+        if (start, stop) != (0, 9):
+            assert set(found) == {pair for pair, o in pairs.items() if start <= o < stop}
+    moved = {
+        (i, move.tap + t): (i + move.shift) * 2 + slots(axis).offsets[move.slot + t]
+        for move in slots(axis).moves
+        for t in range(move.many)
+        for i in range(5)
+    }
+    assert {pair: o for pair, o in moved.items() if 0 <= o < 9} == {p: o for p, o in pairs.items() if 0 <= o < 9}
+
+
+def test_hulls_are_contiguous_and_hold_their_box():
+    """For every box of a small grid."""
+    sizes = (2, 3, 2, 3)
+    order = np.arange(math.prod(sizes)).reshape(sizes)
+    ranges = [list(itertools.combinations(range(n + 1), 2)) for n in sizes]
+    for ends in itertools.product(*ranges):
+        box = Box(*ends)
+        hull = box.hull(sizes)
+        rows = order[tuple(slice(*r) for r in hull)]
+        assert (np.diff(rows.ravel()) == 1).all()
+        assert (rows[box.within(hull)] == order[tuple(slice(*r) for r in box)]).all()
+        assert rows.size <= by_taps.largest_hull([b - a for a, b in box], sizes)
+
+
+def test_split_is_even():
+    """All of it, once, in ranges that differ by one at the most."""
+    for size, chunk in itertools.product(range(30), range(1, 12)):
+        ranges = split(size, chunk)
+        lengths = [stop - start for start, stop in ranges]
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == size
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+        assert max(lengths) <= chunk
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_cost_grows_with_work():
+    """Every estimate is positive and does not fall as sizes grow."""
+    assert 0 < cost.gemm_s(1, 1, 1) < cost.gemm_s(10, 1, 1) < cost.gemm_s(10, 10, 1) < cost.gemm_s(10, 10, 10)
+    assert 0 < cost.pass_s(10, 10) < cost.pass_s(1000, 10) <= cost.pass_s(1000, 10, spilled=True)
+
+
+def test_plans_are_cached_and_forgotten():
+    """Equal questions share a plan until clear_cache; a plan stays usable after it."""
+    ask = ((1, 3, 3, 3, 2), (2, 2, 2, 5, 2))
+    plan = plan_conv3d_transpose(*ask, strides=2)
+    assert plan_conv3d_transpose(*ask, strides=(2, 2, 2)) is plan
+    gemmconv.clear_cache()
+    assert plan_conv3d_transpose(*ask, strides=2) is not plan
+    ones = [np.ones(shape, np.float32) for shape in ask]
+    assert (plan(*ones) == 2).all()
+
+
+def test_imports_go_one_way():
+    """nn, config, cli -> plan -> lowerings -> problem, blas, threads, machine; those import nothing of the package."""
+    package = Path(gemmconv.__file__).parent
+    ranks = {
+        "problem": 0, "machine": 0, "blas": 0, "arrays": 0, "newfile": 0, "demo": 0, "threads": 1, "lowerings": 2,
+        "plan": 3, "nn": 4, "config": 4, "__init__": 5, "cli": 6, "__main__": 7,
+    }  # fmt: skip
+    seen = set()
+    for path in sorted(package.rglob("*.py")):
+        mine = path.relative_to(package).parts[0].removesuffix(".py")
+        seen.add(mine)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gemmconv":
+                inner = (node.module or "").split(".")[1:]
+                names = [inner[0]] if inner else [alias.name for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("gemmconv.")]
+            for name in names:
+                rank = ranks.get(name, ranks["__init__"])
+                assert name == mine == "lowerings" or rank < ranks[mine], f"{path.name} imports gemmconv.{name}"
+    assert seen == set(ranks)
