@@ -52,8 +52,12 @@ def speed(args: argparse.Namespace) -> None:
             del expected
             times = np.empty((2, args.rounds))
             for i in range(args.rounds):
+                time.sleep(args.pause)
                 with threadpoolctl.threadpool_limits(workers):
+                    obvious(layer, plan, value, filter)  # so that caches and threads are warm
                     times[0, i] = seconds(lambda: obvious(layer, plan, value, filter))  # noqa: B023
+                time.sleep(args.pause)
+                layer.gemmconv(value, filter, workers)
                 times[1, i] = seconds(lambda: layer.gemmconv(value, filter, workers))  # noqa: B023
             medians = np.median(times, axis=1)
             drawn = rng.integers(args.rounds, size=(2000, args.rounds))
@@ -163,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("measure", choices=measures)
     parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
+    # OpenBLAS' threads spin for 2^28 cycles after work, and would take a core from whoever is timed next.
+    parser.add_argument("--pause", type=float, default=0.15, help="seconds before either is timed")
     parser.add_argument("--only", help="layers whose name contains this")
     parser.add_argument("--keep-env", action="store_true", help=f"keep {', '.join(KERNEL_VARIABLES)}")
     args = parser.parse_args(argv)

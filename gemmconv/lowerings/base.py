@@ -123,6 +123,15 @@ class Piece(NamedTuple):
     column: int
 
 
+class Rows(NamedTuple):
+    """A contiguous run of rows in memory: `m` of them, or with channels first `ld` apart from channel to channel."""
+
+    hull: Box
+    m: int
+    address: int
+    ld: int
+
+
 class Columns:
     """Forms columns, the products of rows of the value and rows of the filter, for one block, in `buffer`.
 
@@ -157,32 +166,36 @@ class Columns:
         arrays = (operands.value, operands.filter, self.buffer, self._rows, self._taps)
         self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = (a.ctypes.data for a in arrays)
 
-    def form(self, hull: Box, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
-        """Form the columns of a hull's rows and of pieces of the filter, with `ld` values from line to line.
-
-        Columns lie [row, tap] or, tap_major, [tap, row].
-        """
-        m, cin = math.prod(hull.sizes), self._cin
-        if self._widens:
-            for start in range(0, cin, self._depth):
-                self._widen(hull, start)
-                k = min(self._depth, cin - start)
-                for piece in pieces:
-                    part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
-                    np.copyto(self._taps[: part.size].reshape(part.shape), part, casting="unsafe")
-                    ld_rows = m if self._transposed else k
-                    self._multiply(m, k, self._rows_at, ld_rows, piece, self._taps_at, k, ld, tap_major, start > 0)
-            return
+    def locate(self, hull: Box) -> Rows:
+        """Return where a hull's rows are, for any number of calls of `form`."""
         (b, _), (d, _), (h, _), (w, _) = hull
         position = (d * self.sizes[2] + h) * self.sizes[3] + w
         item = self._gemm.itemsize
         if self._transposed:
-            rows, ld_rows = self._value_at + (b * cin * self._space + position) * item, self._space
+            offset, ld = b * self._cin * self._space + position, self._space
         else:
-            rows, ld_rows = self._value_at + (b * self._space + position) * cin * item, cin
-        for piece in pieces:
-            at = self._filter_at + piece.first * cin * item
-            self._multiply(m, cin, rows, ld_rows, piece, at, cin, ld, tap_major, False)
+            offset, ld = (b * self._space + position) * self._cin, self._cin
+        return Rows(hull, math.prod(hull.sizes), self._value_at + offset * item, ld)
+
+    def form(self, rows: Rows, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
+        """Form the columns of rows and of pieces of the filter, with `ld` values from line to line.
+
+        Columns lie [row, tap] or, tap_major, [tap, row].
+        """
+        cin, m = self._cin, rows.m
+        if not self._widens:
+            for piece in pieces:
+                at = self._filter_at + piece.first * cin * self._gemm.itemsize
+                self._multiply(m, cin, rows.address, rows.ld, piece, at, cin, ld, tap_major, False)
+            return
+        for start in range(0, cin, self._depth):
+            self._widen(rows.hull, start)
+            k = min(self._depth, cin - start)
+            for piece in pieces:
+                part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
+                np.copyto(self._taps[: part.size].reshape(part.shape), part, casting="unsafe")
+                ld_rows = m if self._transposed else k
+                self._multiply(m, k, self._rows_at, ld_rows, piece, self._taps_at, k, ld, tap_major, start > 0)
 
     def _multiply(
         self, m: int, k: int, rows: int, ld_rows: int, piece: Piece, taps: int, ld_taps: int,

@@ -73,6 +73,7 @@ class ByRows:
     cuts: tuple[list[Range], ...]  # of batch, and q in depth, height and width
     rows: int  # the most rows of a GEMM
     taps: int  # the most filter rows of a GEMM
+    channels_last: bool  # whether columns and accumulators are, or rows
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
 
@@ -102,7 +103,8 @@ class ByRows:
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core: blocks in the middle, times the number of blocks; see cost.py."""
-        problem, width = self.problem, self.axes[2].coarse
+        problem = self.problem
+        run = self._run
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         total = 0.0
         spans = [[slots.span(axis, q) for q in cut] for axis, slots, cut in self._by_axis(self.cuts[1:])]
@@ -113,22 +115,26 @@ class ByRows:
             cuts = max(1.0, taps * problem.cout / self.taps)
             time_s = calls * cuts * gemm_s(rows / calls, taps * problem.cout / cuts, problem.cin)
             adds = math.prod(self._moves) / math.prod(problem.kernel) * taps
-            time_s += (
-                calls * adds * pass_s(rows / calls * problem.cout * taps / adds, min(width, rows), spilled=spilled)
-            )
+            time_s += calls * adds * pass_s(rows / calls * problem.cout * taps / adds, min(run, rows), spilled=spilled)
             total += time_s * len(self.cuts[0]) * d.share * h.share * w.share
-        scattered = problem.layout == "NDHWC" and problem.cout > 1
+        scattered = problem.cout > 1 and self.channels_last != (problem.layout == "NDHWC")
+        scattered = scattered or (self.axes[2].stride > 1 and not self.channels_last)
         stores = self.count * max(1, math.prod(len(slots.offsets) for slots in self.slots))
         values = math.prod(problem.output_shape) / stores
-        return total + stores * pass_s(values, width, spilled=spilled, strided=scattered or self.axes[2].stride > 1)
+        return total + stores * pass_s(values, run, spilled=spilled, strided=scattered)
 
     @property
     def reason(self) -> str:
         widened = ", widened block by block" if self.widens else ""
         return (
             f"a GEMM of up to {self.taps} taps times output channels for up to {self.rows} rows; "
-            f"columns added along rows{widened}"
+            f"columns added along {'channels' if self.channels_last else 'rows'}{widened}"
         )
+
+    @property
+    def _run(self) -> int:
+        """The length of inner loops."""
+        return self.problem.cout if self.channels_last else self.axes[2].coarse
 
     @property
     def _moves(self) -> tuple[int, ...]:
@@ -142,13 +148,17 @@ class ByRows:
         return product(*(axis_steps(axis, slots.span(axis, q)) for axis, slots, q in self._by_axis(block[1:])))
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        if self.axes[2].coarse >= SHORT_RUN:
+        if self._run >= SHORT_RUN:
             np.setbufsize(SMALLEST_BUFFER)
         workspace.reset()
         block = self.block(index)
         problem, axes = self.problem, self.axes
         columns = Columns(problem, axes, operands, workspace, self.rows, self.taps, self.depth, self.widens)
-        sums = workspace.take(*self._sums_shape([stop - start for start, stop in block]))
+        shape = self._sums_shape([stop - start for start, stop in block])
+        if self.channels_last:
+            sums = np.moveaxis(workspace.take(*shape[1:], shape[0]), -1, 0)
+        else:
+            sums = workspace.take(*shape)
         sums[...] = 0
         outer = 1 if problem.layout == "NCDHW" else 0
         for d, h, w in self._steps(block):
@@ -168,10 +178,15 @@ class ByRows:
         _, h, w = self.axes
         cout, m = self.problem.cout, math.prod(box.sizes)
         many = [stop - start for start, stop in taps]
-        columns.form(box, pieces(taps, (h.kernel, w.kernel), cout), m, tap_major=True)
-        column = columns.buffer[: math.prod(many) * cout * m].reshape(*many, cout, *box.sizes)
-        # Slots beside rows: [tap d, row d, tap h, row h, tap w, row w] behind output channels and batch.
-        column = column.transpose(3, 4, 0, 5, 1, 6, 2, 7)
+        found = pieces(taps, (h.kernel, w.kernel), cout)
+        n = math.prod(many) * cout
+        # Seen as [channel, batch, tap d, row d, tap h, row h, tap w, row w], whatever lies innermost.
+        if self.channels_last:
+            columns.form(columns.locate(box), found, n, tap_major=False)
+            column = columns.buffer[: m * n].reshape(*box.sizes, *many, cout).transpose(7, 0, 4, 1, 5, 2, 6, 3)
+        else:
+            columns.form(columns.locate(box), found, m, tap_major=True)
+            column = columns.buffer[: m * n].reshape(*many, cout, *box.sizes).transpose(3, 4, 0, 5, 1, 6, 2, 7)
         sums = sums[:, box.batch[0] - block.batch[0] : box.batch[1] - block.batch[0]]
         along = [
             meetings(slots, tap, rows, q)
@@ -321,7 +336,9 @@ def schedule(problem: Problem, machine: Machine) -> ByRows:
         chunks = (batch, max(1, positions // (height * width)), max(1, positions // width), max(1, positions))
         whole = (problem.batch, depth, height, width)
         cuts = tuple(split(n, min(n, chunk)) for n, chunk in zip(whole, chunks, strict=True))
-        return ByRows(problem, axes, of_axes, unreached, cuts, rows, taps, widens, channels)
+        return ByRows(
+            problem, axes, of_axes, unreached, cuts, rows, taps, problem.cout > axes[2].coarse, widens, channels
+        )
 
     positions = [problem.batch * depth * height * width]
     while positions[-1] * each > _FEW_CELLS:

@@ -162,50 +162,45 @@ class ByTaps:
 
     def _products(self, block: Block, depth: Phase, height: Phase, columns: Columns, targets: list[Array]) -> None:
         """Form the columns of all taps of one pair of phases, and add each where it lands."""
-        d, h, w = self.axes
+        _, h, w = self.axes
         channels, cout = block.channels[1] - block.channels[0], self.problem.cout
         n = self.lanes * channels
         # As it lies, the filter's rows of several lanes follow each other only with all their output channels.
         lines = 1 if channels == cout else self.lanes
-        cut = len(self.cuts[3]) > 1
-        along_h = [(tap, *landing(h, height, shift, block.height), shift) for tap, shift in height.taps]
-        along_w = self._along_w(block, targets)
-        for tap_d, shift_d in depth.taps:
-            at_d = landing(d, depth, shift_d, block.depth)
-            to_d = slice(at_d[0] + shift_d - block.depth[0], at_d[1] + shift_d - block.depth[0])
-            for tap_h, start_h, stop_h, shift_h in along_h:
-                if at_d[0] >= at_d[1] or start_h >= stop_h:
-                    continue
-                to_h = slice(start_h + shift_h - block.height[0], stop_h + shift_h - block.height[0])
-                box = Box(block.batch, at_d, (start_h, stop_h), (0, w.coarse))
-                hull = box.hull(columns.sizes)
-                inside = box.within(hull)[:3]
+        cut = len(self.cuts[3]) > 1  # then blocks are pieces of single rows
+        along_w = self._along_w(block)
+        along_h = self._along(1, height, block.height)
+        for tap_d, at_d, to_d in self._along(0, depth, block.depth):
+            for tap_h, at_h, to_h in along_h:
                 first = (tap_d * h.kernel + tap_h) * w.kernel * cout + block.channels[0]
-                for target, tap_w, at_w, to_w in along_w:
-                    if cut:  # blocks are pieces of single rows
-                        hull, from_w = Box(block.batch, at_d, (start_h, stop_h), at_w), slice(None)
-                    else:
-                        from_w = slice(*at_w)
+                parts = [target[:, to_d, to_h] for target in targets]
+                hull = None
+                for i, tap_w, at_w, to_w in along_w:
+                    if cut or hull is None:
+                        box = Box(block.batch, at_d, at_h, at_w if cut else (0, w.coarse))
+                        hull = box.hull(columns.sizes)
+                        rows = columns.locate(hull)
+                        column = columns.buffer[: rows.m * n].reshape(*hull.sizes, self.lanes, channels)
+                        column = column[box.within(hull)]
                     at = first + tap_w * cout
-                    pieces = [Piece(at + i * cout, n // lines, i * channels) for i in range(lines)]
-                    columns.form(hull, pieces, n, tap_major=False)
-                    sizes = hull.sizes
-                    column = columns.buffer[: math.prod(sizes) * n].reshape(*sizes, self.lanes, channels)
-                    column = column[*inside, from_w]
-                    cells = target[:, to_d, to_h, to_w]
+                    columns.form(rows, [Piece(at + j * cout, n // lines, j * channels) for j in range(lines)], n, False)
+                    cells = parts[i][:, :, :, to_w]
                     # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
-                    np.add(column, 0 if self.direct else cells, cells)
+                    added = column if cut else column[:, :, :, slice(*at_w)]
+                    np.add(added, 0 if self.direct else cells, cells)
 
-    def _along_w(self, block: Block, targets: list[Array]) -> list[tuple[Array, int, Range, slice]]:
-        """Return for each tap along W that lands in a block: where its phase is, the tap, which rows, and to where."""
+    def _along(self, axis: int, phase: Phase, q: Range) -> list[tuple[int, Range, slice]]:
+        """Return for each tap of a phase that lands in an interval of q: the tap, which rows, and to where."""
         found = []
-        for target, phase in zip(targets, self.phases[2], strict=True):
-            for tap, shift in phase.taps:
-                start, stop = landing(self.axes[2], phase, shift, block.width)
-                if start < stop:
-                    to = slice(start + shift - block.width[0], stop + shift - block.width[0])
-                    found.append((target, tap, (start, stop), to))
+        for tap, shift in phase.taps:
+            start, stop = landing(self.axes[axis], phase, shift, q)
+            if start < stop:
+                found.append((tap, (start, stop), slice(start + shift - q[0], stop + shift - q[0])))
         return found
+
+    def _along_w(self, block: Block) -> list[tuple[int, int, Range, slice]]:
+        """Return the same for all phases of W, each with its number."""
+        return [(i, *tap) for i, phase in enumerate(self.phases[2]) for tap in self._along(2, phase, block.width)]
 
     def _rows_of(self, output: Array, block: Block, depth: Phase, height: Phase) -> list[Array]:
         """Return the output's cells of a block and pair, as [batch, d, h, w, lane, channel] for each phase of W."""

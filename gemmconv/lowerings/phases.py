@@ -92,5 +92,12 @@ def slots(axis: Axis) -> Slots:
         moves = tuple(Move(tap, axis.stride, 0, shift) for tap, shift in tile.taps)
         return Slots(tuple(tile.offset + lane for lane in range(axis.stride)), tile.count, moves)
     found = phases(axis)
-    moves = tuple(Move(tap, 1, i, shift) for i, phase in enumerate(found) for tap, shift in phase.taps)
-    return Slots(tuple(phase.offset for phase in found), -(-axis.fine // axis.stride), moves)
+    single = sorted((tap, i, shift) for i, phase in enumerate(found) for tap, shift in phase.taps)
+    joined: list[Move] = []
+    for tap, slot, shift in single:
+        last = joined[-1] if joined else None
+        if last and (tap, slot, shift) == (last.tap + last.many, last.slot + last.many, last.shift):
+            joined[-1] = Move(last.tap, last.many + 1, last.slot, shift)
+        else:
+            joined.append(Move(tap, 1, slot, shift))
+    return Slots(tuple(phase.offset for phase in found), -(-axis.fine // axis.stride), tuple(joined))

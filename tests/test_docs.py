@@ -1,0 +1,55 @@
+"""The documents: links lead somewhere, commands exist, and what they show of the command line is what it takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gemmconv import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Files and headings; no address of a machine."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name) if name else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+def test_every_page_is_reached_from_the_readme():
+    """A page nobody links to is not read."""
+    text = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_command_line_are_accepted(page):
+    """Every `python -m gemmconv` line in a console block parses."""
+    for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.S):
+        for line in re.findall(r"^\$ (.*)$", block, re.M):
+            for part in line.split("&&"):
+                words = shlex.split(part)
+                if "gemmconv" in words and "-m" in words:
+                    cli._parser().parse_args(words[words.index("gemmconv") + 1 :])
+
+
+def test_the_readme_names_one_test_command_that_ci_runs():
+    """.ci/run takes it from there."""
+    assert len(re.findall(r"^\$ .*-m pytest$", (ROOT / "README.md").read_text(), re.M)) == 1
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
