@@ -23,6 +23,11 @@ _SIGNATURE = re.compile(
     r"void \(char \*, char \*, (?P<i>\w+) \*, (?P=i) \*, (?P=i) \*, (?P<t>\w+) \*, (?P=t) \*, (?P=i) \*, "
     r"(?P=t) \*, (?P=i) \*, (?P=t) \*, (?P=t) \*, (?P=i) \*\)"
 )
+# void f(trans, m, n, alpha, a, lda, x, incx, beta, y, incy)
+_GEMV_SIGNATURE = re.compile(
+    r"void \(char \*, (?P<i>\w+) \*, (?P=i) \*, (?P<t>\w+) \*, (?P=t) \*, (?P=i) \*, "
+    r"(?P=t) \*, (?P=i) \*, (?P=t) \*, (?P=t) \*, (?P=i) \*\)"
+)
 _BITS = {"int": 32, "int32_t": 32, "int64_t": 64, "npy_int64": 64, "long long": 64}
 # interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536) times GEMM_MULTITHREAD_THRESHOLD (4).
 _OPENBLAS_SERIAL_PRODUCTS = 262144
@@ -31,10 +36,17 @@ _paths: dict[str, _Path] = {}
 
 
 class _Path:
-    """How one dtype's products are formed: `function` is None where it is np.matmul."""
+    """How one dtype's products are formed: `gemm` is None where it is np.matmul, and `gemv` where it is not used."""
 
-    def __init__(self, function: Callable[..., None] | None, bits: int, reason: str) -> None:
-        self.function = function
+    def __init__(
+        self,
+        gemm: Callable[..., None] | None,
+        bits: int,
+        reason: str,
+        gemv: Callable[..., None] | None = None,
+    ) -> None:
+        self.gemm = gemm
+        self.gemv = gemv
         self.largest: int = 2 ** (bits - 1) - 1
         self.bits = bits
         self.reason = reason
@@ -51,7 +63,10 @@ class Gemm:
         self.dtype = dtype
         self.itemsize = dtype.itemsize
         self.largest = path.largest
-        self._function = path.function
+        self._gemm, self._gemv = path.gemm, path.gemv
+        # BLAS threads gemv much earlier than GEMM: only products above GEMM's own limit may go there, whose callers
+        # hold BLAS to one thread.
+        self._serial = serial_products()
         # 64-bit slots, so that a BLAS of either integer width reads the same number (on little-endian machines).
         self._integers = memoryview(bytearray(8 * 6)).cast("q")
         self._scalars = np.array([0, 1], dtype)
@@ -84,13 +99,32 @@ class Gemm:
                 f"GEMM of m={m}, n={n}, k={k}, leading dimensions {lda}, {ldb}, {ldc}: "
                 f"BLAS' integers end at {self.largest}"
             )
-        if self._function is None:
+        if self._gemm is None:
             self._matmul(m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, accumulate)
             return
-        # BLAS is column-major: the same memory reads as C' = B' A'.
         integers = self._integers
+        if m == 1 and self._gemv is not None and n * k > self._serial:
+            # GEMM would pack all of B to use it once. Column-major, B lies as [k, n] if transposed, else as [n, k].
+            rows, columns = (k, n) if b_transposed else (n, k)
+            integers[0], integers[1], integers[2] = rows, columns, ldb
+            integers[3], integers[4] = lda if a_transposed else 1, 1
+            self._gemv(
+                b"T" if b_transposed else b"N",
+                self._m,
+                self._n,
+                self._one,
+                b,
+                self._k,
+                a,
+                self._lda,
+                self._one if accumulate else self._beta,
+                c,
+                self._ldb,
+            )
+            return
+        # BLAS is column-major: the same memory reads as C' = B' A'.
         integers[0], integers[1], integers[2], integers[3], integers[4], integers[5] = n, m, k, ldb, lda, ldc
-        self._function(
+        self._gemm(
             b"T" if b_transposed else b"N",
             b"T" if a_transposed else b"N",
             self._m,
@@ -141,7 +175,7 @@ def describe() -> dict[str, Any]:
     paths = {np.dtype(code).name: _path(np.dtype(code)) for code in _PREFIX}
     return {
         name: {
-            "path": "numpy.matmul" if path.function is None else "scipy.linalg.cython_blas",
+            "path": "numpy.matmul" if path.gemm is None else "scipy.linalg.cython_blas",
             "integer_bits": path.bits,
             "reason": path.reason,
         }
@@ -161,24 +195,41 @@ def _choose(dtype: np.dtype[Any], name: str) -> _Path:
     capsule = getattr(cython_blas, "__pyx_capi__", {}).get(name)
     if capsule is None:
         return _Path(None, 64, f"this SciPy publishes no {name} in scipy.linalg.cython_blas")
+    pointer, signature = _opened(capsule)
+    match = _SIGNATURE.fullmatch(signature)
+    bits = _BITS.get(match["i"]) if match else None
+    if bits is None:
+        return _Path(None, 64, f"{name} has a signature this version does not know: {signature}")
+    gemm = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(pointer)
+    path = _Path(gemm, bits, f"{name}'s signature and a test product are as expected")
+    if wrong := self_test(Gemm(dtype, path)):
+        return _Path(None, 64, f"{name} failed its test product: {wrong}")
+    vector = cython_blas.__pyx_capi__.get(name.replace("gemm", "gemv"))
+    if vector is not None:
+        pointer, signature = _opened(vector)
+        match = _GEMV_SIGNATURE.fullmatch(signature)
+        if match is not None and _BITS.get(match["i"]) == bits:
+            path.gemv = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 11)(pointer)
+            trial = Gemm(dtype, path)
+            trial._serial = 0
+            if self_test(trial, rows=1):
+                path.gemv = None
+    return path
+
+
+def _opened(capsule: object) -> tuple[int, str]:
+    """Return a capsule's pointer and its name, which is the function's signature."""
     get_name = ctypes.pythonapi.PyCapsule_GetName
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    signature = get_name(capsule)
-    match = _SIGNATURE.fullmatch(signature.decode())
-    bits = _BITS.get(match["i"]) if match else None
-    if bits is None:
-        return _Path(None, 64, f"{name} has a signature this version does not know: {signature.decode()}")
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(get_pointer(capsule, signature))
-    path = _Path(function, bits, f"{name}'s signature and a test product are as expected")
-    wrong = self_test(Gemm(dtype, path))
-    return _Path(None, 64, f"{name} failed its test product: {wrong}") if wrong else path
+    name = get_name(capsule)
+    return get_pointer(capsule, name), name.decode()
 
 
-def self_test(gemm: Gemm) -> str:
+def self_test(gemm: Gemm, rows: int = 3) -> str:
     """Form small products between guard cells; return what was wrong, or an empty string."""
-    m, n, k, pad, guard = 3, 5, 4, 2, 77
+    m, n, k, pad, guard = rows, 5, 4, 2, 77
     for a_transposed in (False, True):
         for b_transposed in (False, True):
             a = np.arange(m * k).reshape(m, k) % 7 - 3

@@ -22,14 +22,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
 from operator import index as as_index
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, SupportsIndex
 
 import numpy as np
-import scipy.linalg.cython_blas  # the BLAS that gemmconv calls has to be loaded before _limit.load() looks for it
+import scipy.linalg.cython_blas  # the BLAS that gemmconv calls has to be loaded before _limit looks for it
 import threadpoolctl
 
 from gemmconv.machine import usable_cores
@@ -38,6 +38,9 @@ Task = Callable[[int, int], None]
 
 # A pool thread that others wait for leaves a call after this time, between two indices, and queues up again.
 SLICE_S = 0.01
+
+# What the path of a library begins with that SciPy's wheel brings: scipy.libs/... or scipy/.dylibs/...
+_SCIPY = os.path.realpath(os.path.dirname(scipy.__file__))
 
 _workers: ContextVar[int | None] = ContextVar("gemmconv_workers", default=None)
 _in_task: ContextVar[bool] = ContextVar("gemmconv_in_task", default=False)
@@ -62,11 +65,6 @@ def set_workers(workers: SupportsIndex) -> Iterator[None]:
     ----------
     workers : int
         As any function's `workers`: at least 1, or negative to count from the end (-1: all usable cores). Not None.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `workers` is no integer, is 0, or counts from the end past the first core.
 
     Examples
     --------
@@ -109,29 +107,15 @@ def _checked(workers: SupportsIndex, function: str, rule: str) -> int:
 def run(task: Task, count: int, workers: int, *, limit_blas: bool = True) -> None:
     """Call `task(index, slot)` once for every index in range(count), handed out in order to up to `workers` threads.
 
-    Parameters
-    ----------
-    task : callable
-        Runs in a context of its own in which NumPy ignores floating point errors. Tasks at work at the same time have
-        different slots, from 0 to workers - 1.
-    count, workers : int
-        `workers` as `resolve_workers` returns it.
-    limit_blas : bool
-        Hold every loaded BLAS to one thread until the call ends. Without it a single worker is the calling thread.
+    A task runs in a context of its own in which NumPy ignores floating point errors. Tasks that are at work at the same
+    time have different slots, from 0 to workers - 1. With `limit_blas` every loaded BLAS is held to one thread until
+    the call ends; without it a single worker is the calling thread.
 
-    Raises
-    ------
-    RuntimeError
-        If called from within a task.
-    BaseException
-        The first one of a task, or of the wait (an interrupt): no index is handed out any more, and it is raised when
-        every task has ended and every setting is restored.
+    The first exception of a task, or of the wait (an interrupt), stops the handing out of indices; it is raised when
+    every task has ended and every setting is restored. RuntimeError: a task called this.
 
-    Warns
-    -----
-    RuntimeWarning
-        If a BLAS cannot be held to one thread; the call then has one worker. Given before the first task, so that none
-        runs if warnings are errors; after the last one if somebody changed the number while the call ran.
+    RuntimeWarning: a BLAS cannot be held to one thread, and the call has one worker. It is given before the first task,
+    so that none runs if warnings are errors, or after the last one if somebody changed the number in the meantime.
     """
     if _in_task.get():
         raise RuntimeError("gemmconv: a task of a running call must not start another one: it could wait for itself")
@@ -142,36 +126,37 @@ def run(task: Task, count: int, workers: int, *, limit_blas: bool = True) -> Non
         for index in range(count):
             _context.copy().run(task, index, 0)
         return
+    _limit.load()
     if not limit_blas:
         call = _drive(_Call(task, count, workers, limited=False))
     else:
-        reason = _limit.load()
-        if reason and workers > 1:
-            _warn(workers, [reason])
+        if _limit.never and workers > 1:
+            _warn(workers, [_limit.never])
             workers = 1
         call = _held(task, count, workers)
         if call.refused:
-            _warn(workers, call.reasons)
+            _warn(workers, call.problems)
             call = _drive(_Call(task, count, 1, tolerant=True))
-    if call.error is not None:
+    error, call.error = call.error, None
+    if error is not None:
         try:
-            raise call.error
+            raise error
         finally:
-            del call  # its error's traceback holds this frame
-    if call.reasons and not call.tolerant:
-        _warn(workers, call.reasons)
+            del error  # else the traceback, which holds this frame, would keep the task's arrays for the collector
+    if call.problems and not call.tolerant:
+        _warn(workers, call.problems)
 
 
 def describe() -> dict[str, Any]:
     """Facts for `show_config()`, JSON-able. Holds BLAS for a moment to see whether it can be held."""
-    reason = _limit.load()
+    _limit.load()
     if not _in_task.get():
         _held(_nothing, 1, 1)
     return {
         "workers": get_workers(),
         "pool_threads": _pool.size,
-        "limit": reason or "one BLAS thread while a call runs",
-        "held": [{"library": pool.name, "threads": pool.threads(), "problem": pool.problem} for pool in _limit.pools()],
+        "limit": _limit.never or "one BLAS thread while a call runs",
+        "held": [{"library": pool.name, "threads": pool.threads(), "problem": pool.problem} for pool in _limit.pools],
     }
 
 
@@ -179,12 +164,12 @@ def _nothing(index: int, slot: int) -> None:
     pass
 
 
-def _warn(workers: int, reasons: list[str]) -> None:
+def _warn(workers: int, problems: list[str]) -> None:
     level, frame = 1, sys._getframe()  # the first frame outside of the package is the one to blame
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "gemmconv":
         level, frame = level + 1, frame.f_back
     text = f"gemmconv: 1 worker instead of {workers}" if workers > 1 else "gemmconv: more threads than the 1 worker"
-    text = f"{text}, as BLAS could not be held to one thread: {'; '.join(reasons)}"
+    text = f"{text}, as BLAS could not be held to one thread: {'; '.join(problems)}"
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
@@ -192,7 +177,7 @@ def _held(task: Task, count: int, workers: int) -> _Call:
     call = _drive(_Call(task, count, workers))
     if call.refused:
         # From threadpoolctl 3.8 on only the thread that set a limit may change it. If that is this one, it waits here.
-        for pool in _limit.pools():
+        for pool in _limit.pools:
             pool.give_up(force=False)
         call = _drive(_Call(task, count, workers))
     return call
@@ -203,33 +188,38 @@ class _Limit:
 
     def __init__(self) -> None:
         self.lock: Any = threading.RLock()  # its release by a thread that does not hold it is an error, not a release
-        self.loaded: dict[str, tuple[str, list[_BlasPool]]] = {}
-        self.calls = 0
-        self.changes = 0
+        self.pools: list[_BlasPool] = []
+        self.never = ""  # why no BLAS can be limited
+        self.loaded = False
+        self.calls = self.changes = 0
 
-    def load(self) -> str:
-        """Find the pools, once; the reason why BLAS can never be limited, or ''."""
+    def load(self) -> None:
         if not self.loaded:
-            found = [_BlasPool(controller) for controller in threadpoolctl.ThreadpoolController().lib_controllers]
-            pools = [pool for pool in found if pool.api == "blas"]
-            built = scipy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {}).get("name", "unknown")
-            known = pools and built.lower() != "accelerate"
-            reason = "" if known else f"SciPy's BLAS ('{built}') is none that threadpoolctl can limit"
-            if any(getattr(pool.controller, "threading_layer", "") == "openmp" for pool in pools):
-                # OpenBLAS before 0.3.34 takes its number from OpenMP's of the calling thread.
-                pools += [pool for pool in found if pool.api == "openmp"]
-            self.loaded.setdefault("", (reason, pools))  # atomic: of two threads one wins
-        return self.loaded[""][0]
+            # On a pool thread: a callback in threadpoolctl 3.5 swallows an interrupt, and would find only some pools.
+            call = _drive(_Call(self._search, 1, 1, limited=False))
+            if call.error is not None:
+                raise call.error
 
-    def pools(self) -> list[_BlasPool]:
-        self.load()
-        return self.loaded[""][1]
+    def _search(self, index: int, slot: int) -> None:
+        with self.lock:  # no fork meanwhile: the search may hold a lock of the dynamic linker
+            if self.loaded:
+                return
+            found = [_BlasPool(controller) for controller in threadpoolctl.ThreadpoolController().lib_controllers]
+            self.pools = [pool for pool in found if pool.api == "blas"]
+            built = scipy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {}).get("name", "unknown")
+            if not self.pools or built.lower() == "accelerate":
+                self.never = f"SciPy's BLAS ('{built}') is none that threadpoolctl can limit"
+            if any(getattr(pool.controller, "threading_layer", "") == "openmp" for pool in self.pools):
+                # OpenBLAS before 0.3.34 takes its number from OpenMP's of the calling thread.
+                self.pools += [pool for pool in found if pool.api == "openmp"]
+            self.loaded = True
 
     def allowed(self) -> int:
         """Threads that SciPy's BLAS is allowed, or was when the first of the calls began that are running."""
-        if self.load():
+        self.load()
+        if self.never:
             return 1
-        pools = [pool for pool in self.pools() if pool.api == "blas"]
+        pools = [pool for pool in self.pools if pool.api == "blas"]
         return max(pool.allowed_now(self) for pool in [pool for pool in pools if pool.is_scipys] or pools)
 
     def enter(self, begins: bool) -> list[str]:
@@ -239,16 +229,16 @@ class _Limit:
         """
         with self.lock:
             if begins:
-                for pool in self.pools() if self.calls == 0 else ():
+                for pool in self.pools if self.calls == 0 else ():
                     pool.allowed = pool.threads()
                 self.calls += 1
                 self.changes += 1
-            return [problem for pool in self.pools() if (problem := pool.hold())]
+            return [problem for pool in self.pools if (problem := pool.hold())]
 
     def leave(self) -> None:
         with self.lock:
             try:
-                for pool in self.pools() if self.calls == 1 else ():
+                for pool in self.pools if self.calls == 1 else ():
                     pool.restore()
             finally:
                 self.changes += 1
@@ -257,7 +247,7 @@ class _Limit:
     def reset(self) -> None:
         """In a forked child, where no call is running."""
         self.lock._at_fork_reinit()
-        for pool in self.pools() if self.loaded else ():
+        for pool in self.pools:
             pool.restore()
         self.calls = 0
 
@@ -269,8 +259,7 @@ class _BlasPool:
         self.controller = controller
         self.api: str = controller.user_api
         self.name = os.path.basename(controller.filepath)
-        # Wheels bring their libraries in scipy.libs or scipy/.dylibs.
-        self.is_scipys = os.path.realpath(controller.filepath).startswith(os.path.dirname(scipy.__file__))
+        self.is_scipys = os.path.realpath(controller.filepath).startswith(_SCIPY)
         self.before: int | None = None
         self.allowed: int | None = None
         self.problem = ""
@@ -321,14 +310,26 @@ class _Call:
         self.task = task
         self.indices = iter(range(count))  # next() is atomic
         self.workers = min(workers, _pool.fit(workers))
+        self.cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.limited, self.tolerant = limited, tolerant
-        self.started = self.held = self.closed = self.refused = self.ended = self.finished = False
-        self.active = 0  # pool threads inside of serve()
-        self.reasons: list[str] = []
+        self.started = self.held = self.refused = False
+        self.closed = False  # no index is handed out any more
+        self.ended = self.finished = False  # the last worker is about to leave; it has left
+        self.active = 0  # threads inside of serve()
+        self.problems: list[str] = []
         self.error: BaseException | None = None
         self.lock = _thread.allocate_lock()  # of the pool threads
-        self.done = _thread.allocate_lock()  # what the caller waits on
+        self.done = _thread.allocate_lock()  # what the caller waits on; an Event can stay locked when interrupted
         self.done.acquire()
+
+    def cpus_of(self, thread: int) -> list[int]:
+        """CPUs for a pool thread: disjoint sets for as many threads as the call has workers, all of them for one.
+
+        Left alone, Linux wakes a thread on the CPU of the one that wakes it, as passing on the GIL does all the time,
+        and two workers share one CPU for tens of milliseconds while the other idles.
+        """
+        apart = 1 < self.workers <= len(self.cpus)
+        return self.cpus[thread % self.workers :: self.workers] if apart else self.cpus
 
     def serve(self, slot: int) -> None:
         """Work on indices in `slot` until there are none, or until others wait: on a pool thread."""
@@ -358,15 +359,15 @@ class _Call:
                 self.done.release()
 
     def _ready(self, slot: int) -> bool:
-        if slot > 0 or self.started:  # the first slot goes on in any case
+        if slot > 0 or self.started:
             problems = _limit.enter(begins=False) if self.limited and not self.tolerant else []
-            self.reasons = self.reasons or problems
-            return slot == 0 or not problems
+            self.problems = self.problems or problems
+            return slot == 0 or not problems  # the first slot goes on in any case
         self.started = True
         if self.limited:
             self.held = True
-            self.reasons = _limit.enter(begins=True)
-            if self.reasons and not self.tolerant:
+            self.problems = _limit.enter(begins=True)
+            if self.problems and not self.tolerant:
                 self.refused = self.closed = True
                 return False
         for helper in range(1, self.workers):
@@ -379,7 +380,7 @@ class _Call:
             _context.copy().run(task, index, slot)
             if self.closed:
                 break
-            if waiting() and time.perf_counter() > end_s:
+            if waiting() and time.perf_counter() > end_s and _pool.size > 0:
                 return True
         return False
 
@@ -403,26 +404,46 @@ class _Pool:
             self._grow()
 
     def _grow(self) -> None:
-        if self.size < self.most:
+        if self.size >= self.most:
+            return
+        try:
+            # Not threading.Thread, whose start() waits on an Event. Such a thread does not keep Python from exiting.
+            _thread.start_new_thread(self._loop, ())
+        except RuntimeError:
+            # The system's limit, or the main thread has ended (Python 3.12). Threads that are there will do it, else
+            # this one, but not where an interrupt could break the limit.
+            if self.size > 0:
+                return
+            if threading.current_thread() is threading.main_thread():
+                raise
+            self._drain()
+
+    def _drain(self) -> None:
+        while True:
             try:
-                # Not threading.Thread, whose start() waits on an Event that an interrupt can leave locked. Such a
-                # thread, like a daemon, does not keep the interpreter from exiting.
-                _thread.start_new_thread(self._loop, ())
-            except RuntimeError:
-                if self.size == 0:  # else the threads there are will do it
-                    raise
+                call, slot = self.tokens.get_nowait()
+            except Empty:
+                return
+            call.serve(slot)
 
     def _loop(self) -> None:
         with self.lock:
             if self.size >= self.most:
                 return
+            number = self.size
             self.size += 1
         threading.current_thread().name = "gemmconv"
+        if threading.gettrace() is not None:  # a debugger's or a coverage tool's, that threading.Thread would set
+            sys.settrace(threading.gettrace())
+        cpus: list[int] = []
         try:
             while True:
                 call, slot = self.tokens.get()
                 with self.lock:
                     self.busy += 1
+                if cpus != (cpus := call.cpus_of(number)):
+                    with suppress(OSError):  # the CPUs this process may use have just changed: any will do
+                        os.sched_setaffinity(0, cpus)
                 if not self.tokens.empty():  # together with submit()'s look at `busy` no token is left unseen
                     self._grow()
                 call.serve(slot)
@@ -457,7 +478,7 @@ def _settle(call: _Call) -> None:
             while (call.active or call.held) and not call.finished:
                 call.done.acquire()
             return
-        except BaseException:  # the first interrupt is the one that is raised
+        except BaseException:  # the first interrupt is the one that _drive() raises
             continue
 
 

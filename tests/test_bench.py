@@ -44,8 +44,12 @@ def test_layers_are_those_of_the_file():
 
 @pytest.mark.parametrize(
     ("kernel", "strides", "dilations", "padding"),
-    [((4, 4, 4), (2, 2, 2), (1, 1, 1), "SAME"), ((3, 2, 1), (1, 3, 2), (2, 1, 3), "SAME"), ((3, 3, 2), (2, 1, 4), (1, 2, 1), "VALID")],
-)  # fmt: skip
+    [
+        ((4, 4, 4), (2, 2, 2), (1, 1, 1), "SAME"),
+        ((3, 2, 1), (1, 3, 2), (2, 1, 3), "SAME"),
+        ((3, 3, 2), (2, 1, 4), (1, 2, 1), "VALID"),
+    ],
+)
 def test_obvious_version_is_right(kernel, strides, dilations, padding):
     """It is what ratios are taken against, so it is held to the oracle too."""
     rng = np.random.default_rng(1)

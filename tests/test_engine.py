@@ -6,7 +6,9 @@ import ctypes
 import dataclasses
 import itertools
 import math
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,9 @@ import pytest
 from oracle import dtype_named, integers, same_bits
 
 import gemmconv
-from gemmconv import blas, plan_conv3d_transpose
+from gemmconv import blas, plan_conv3d_transpose, threads
 from gemmconv.lowerings import LOWERINGS, Operands, Workspace, by_rows, by_taps, cost
-from gemmconv.lowerings.base import Box, Columns, split
+from gemmconv.lowerings.base import Box, Columns, Cut
 from gemmconv.lowerings.phases import slots
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -92,8 +94,8 @@ def test_no_product_is_formed_twice(order, monkeypatch):
     """Each row of the value meets each row of the filter at most once, and every cell of the output is stored once."""
     formed = []
 
-    def form(self, hull, pieces, ld, tap_major):
-        formed.append((hull, list(pieces)))
+    def form(self, rows, pieces, ld, tap_major):
+        formed.append((rows.hull, list(pieces)))
         self.buffer[...] = 0
 
     monkeypatch.setattr(Columns, "form", form)
@@ -145,6 +147,23 @@ def test_workers_do_not_change_bits(order):
     stop.set()
     for thread in others:
         thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Threads can be placed on Linux only.")
+def test_workers_have_cpus_of_their_own():
+    """Two workers on disjoint CPUs, one on any, and the caller's affinity as it was."""
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("One CPU cannot be divided.")
+    for workers in (2, 1, 2):
+        seen = [set(), set()]
+        threads.run(lambda i, slot: (seen[slot].update(os.sched_getaffinity(0)), time.sleep(0.005)), 20, workers)  # noqa: B023
+        if workers == 2 and seen[1]:
+            assert not seen[0] & seen[1]
+            assert seen[0] | seen[1] == mine
+        else:
+            assert seen[0] == mine
+    assert os.sched_getaffinity(0) == mine
 
 
 def test_workspace_is_what_the_plan_says_and_bounded():
@@ -238,6 +257,29 @@ def test_self_test_finds_a_wrong_blas():
     assert blas.self_test(blas.Gemm(np.dtype("f4"))) == ""
 
 
+@pytest.mark.parametrize("name", ["float32", "float64", "complex64", "complex128"])
+def test_one_row_goes_by_gemv(name):
+    """Products too large for GEMM's serial path, with both layouts of each operand, equal matmul's whole numbers."""
+    dtype, k, n = np.dtype(name), 30, 10_000
+    rng = np.random.default_rng(17)
+    a, b = integers(rng, (1, k), dtype), integers(rng, (k, n), dtype)
+    for a_transposed, b_transposed in itertools.product((False, True), repeat=2):
+        left, right = np.array(a.T if a_transposed else a), np.array(b.T if b_transposed else b, order="C")
+        gemm = blas.Gemm(dtype)
+        called = []
+        gemv = gemm._gemv
+        gemm._gemv = lambda *args: called.append(gemv(*args))  # noqa: B023
+        c = np.full(n + 2, 77, dtype)
+        for accumulate in (False, True):
+            gemm(
+                1, n, k, left.ctypes.data, left.shape[1], a_transposed, right.ctypes.data, right.shape[1],
+                b_transposed, c[1:].ctypes.data, n, accumulate,
+            )  # fmt: skip
+            assert np.array_equal(c[1:-1], (a @ b)[0] * (1 + accumulate))
+            assert (c[[0, -1]] == 77).all()
+        assert len(called) == 2
+
+
 def test_gemm_refuses_what_its_integers_cannot_hold():
     """Before any memory is touched, with the numbers."""
     gemm = blas.Gemm(np.dtype("f4"))
@@ -295,15 +337,17 @@ def test_hulls_are_contiguous_and_hold_their_box():
         assert rows.size <= by_taps.largest_hull([b - a for a, b in box], sizes)
 
 
-def test_split_is_even():
+def test_cuts_are_even():
     """All of it, once, in ranges that differ by one at the most."""
     for size, chunk in itertools.product(range(30), range(1, 12)):
-        ranges = split(size, chunk)
+        cut = Cut(size, chunk)
+        ranges = list(cut)
         lengths = [stop - start for start, stop in ranges]
         assert ranges[0][0] == 0
         assert ranges[-1][1] == size
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
-        assert max(lengths) <= chunk
+        assert max(lengths) == cut.longest <= chunk
+        assert len(cut) == len(ranges)
         assert max(lengths) - min(lengths) <= 1
 
 

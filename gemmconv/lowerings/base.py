@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -228,36 +228,57 @@ def five(layout: str, array: Array, batch: int, spatial: Sequence[int], channels
 
 
 def canonical(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
-    """Move axes of size one to the front, which changes no address, so that the longest runs are innermost."""
+    """Return equivalent axes that are easier: those of size one in front, and no overlap where there is one position.
+
+    Moving axes of size one changes no address, and makes the longest runs innermost. The taps of a single coarse
+    position land apart, whatever its stride, so it can be one under which nothing overlaps.
+    """
 
     def long(axis: Axis) -> bool:
         return not axis.coarse == axis.fine == axis.kernel == 1
 
-    d, h, w = sorted(axes, key=long)
+    d, h, w = (
+        replace(axis, stride=axis.extent) if axis.coarse == 1 and axis.stride < axis.extent else axis
+        for axis in sorted(axes, key=long)
+    )
     return d, h, w
 
 
-def split(size: int, chunk: int) -> list[Range]:
-    """Cut [0, size) into ranges of at most `chunk`, as even as can be."""
-    parts = max(1, -(-size // chunk))
-    return [(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+class Cut(Sequence[Range]):
+    """[0, size) cut into as few ranges of at most `chunk` as can be, as even as can be, made as they are asked for."""
 
+    __slots__ = ("parts", "size")
 
-def longest(ranges: Sequence[Range]) -> int:
-    """Return the length of the longest range."""
-    return max(stop - start for start, stop in ranges)
+    def __init__(self, size: int, chunk: int) -> None:
+        self.size, self.parts = size, max(1, -(-size // max(1, chunk)))
+
+    def __len__(self) -> int:
+        return self.parts
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.parts:
+            raise IndexError(f"range {index} of {self.parts}")
+        return self.size * index // self.parts, self.size * (index + 1) // self.parts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cut) and (self.size, self.parts) == (other.size, other.parts)
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.parts))
+
+    def __repr__(self) -> str:
+        return f"Cut({self.size} in {self.parts})"
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest range."""
+        return -(-self.size // self.parts)
 
 
 def must_widen(problem: Problem) -> bool:
     """Whether operands cannot be used as they lie: half precisions, and distances that BLAS' integers cannot hold."""
     far = problem.layout == "NCDHW" and math.prod(problem.coarse) > largest_integer(problem.compute_dtype)
     return problem.dtype != problem.compute_dtype or far
-
-
-def fair(size: int, most: int) -> int:
-    """Return the length of the longest range of `split`."""
-    parts = max(1, -(-size // most))
-    return -(-size // parts)
 
 
 def store(output: Array, result: Array) -> None:

@@ -19,6 +19,7 @@ from gemmconv.lowerings.base import (
     Array,
     Box,
     Columns,
+    Cut,
     Operands,
     Piece,
     Range,
@@ -26,9 +27,7 @@ from gemmconv.lowerings.base import (
     aligned,
     canonical,
     five,
-    longest,
     must_widen,
-    split,
     store,
 )
 from gemmconv.lowerings.cost import SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
@@ -37,8 +36,9 @@ from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
 _FEW_ROWS, _MOST_ROWS = 16, 2048
-_MOST_TAPS = 1024  # filter rows of one GEMM
-_FEW_CELLS = 64  # of an accumulator, for each output channel: blocks are not cut below this
+_MOST_TAPS = 1024  # filter rows of one GEMM, unless all columns are few
+_MOST_COLUMNS = 65536
+_FEW_VALUES = 256  # of an accumulator: blocks are not cut below this
 _L2_SHARE = 0.75
 _COLUMNS_SHARE = 0.4
 _PACK_SHARE = 0.25
@@ -70,7 +70,7 @@ class ByRows:
     axes: tuple[Axis, Axis, Axis]
     slots: tuple[Slots, Slots, Slots]
     gaps: bool
-    cuts: tuple[list[Range], ...]  # of batch, and q in depth, height and width
+    cuts: tuple[Cut, ...]  # of batch, and q in depth, height and width
     rows: int  # the most rows of a GEMM
     taps: int  # the most filter rows of a GEMM
     channels_last: bool  # whether columns and accumulators are, or rows
@@ -97,7 +97,7 @@ class ByRows:
     @property
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
-        sums = math.prod(self._sums_shape([longest(cut) for cut in self.cuts]))
+        sums = math.prod(self._sums_shape([cut.longest for cut in self.cuts]))
         widened = (self.rows * self.depth, self.taps * self.depth) if self.widens else ()
         return sum(aligned(values * item) for values in (self.rows * self.taps, sums, *widened))
 
@@ -107,13 +107,14 @@ class ByRows:
         run = self._run
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         total = 0.0
-        spans = [[slots.span(axis, q) for q in cut] for axis, slots, cut in self._by_axis(self.cuts[1:])]
-        for d, h, w in product(*map(_sample, self.axes, spans)):
-            rows = longest(self.cuts[0]) * d.rows * h.rows * w.rows
+        for d, h, w in product(*(_sample(*parts) for parts in self._by_axis(self.cuts[1:]))):
+            rows = self.cuts[0].longest * d.rows * h.rows * w.rows
             calls = max(1.0, rows / self.rows)
             taps = d.taps * h.taps * w.taps
-            cuts = max(1.0, taps * problem.cout / self.taps)
-            time_s = calls * cuts * gemm_s(rows / calls, taps * problem.cout / cuts, problem.cin)
+            _, kh, kw = [axis.kernel for axis in self.axes]
+            parts = d.taps * h.taps if w.taps < kw else d.taps if h.taps < kh else 1  # pieces of the filter
+            parts = max(parts, -(-taps * problem.cout // self.taps))
+            time_s = calls * parts * gemm_s(rows / calls, taps * problem.cout / parts, problem.cin)
             adds = math.prod(self._moves) / math.prod(problem.kernel) * taps
             time_s += calls * adds * pass_s(rows / calls * problem.cout * taps / adds, min(run, rows), spilled=spilled)
             total += time_s * len(self.cuts[0]) * d.share * h.share * w.share
@@ -250,12 +251,12 @@ class _Sampled(NamedTuple):
     share: float  # how many steps of an axis it stands for
 
 
-def _sample(axis: Axis, spans: list[Range]) -> list[_Sampled]:
+def _sample(axis: Axis, slots: Slots, cut: Cut) -> list[_Sampled]:
     """Return the steps of a few neighbouring intervals, as many as phases, in the middle of an axis."""
-    few = min(len(spans), axis.stride)
-    start = (len(spans) - few) // 2
-    found = [step for span in spans[start : start + few] for step in axis_steps(axis, span)]
-    return [_Sampled(s.rows[1] - s.rows[0], s.taps[1] - s.taps[0], len(spans) / few) for s in found]
+    few = min(len(cut), axis.stride)
+    start = (len(cut) - few) // 2
+    found = [step for i in range(start, start + few) for step in axis_steps(axis, slots.span(axis, cut[i]))]
+    return [_Sampled(s.rows[1] - s.rows[0], s.taps[1] - s.taps[0], len(cut) / few) for s in found]
 
 
 def groups(taps: tuple[Range, Range, Range], most: int) -> Iterator[tuple[Range, Range, Range]]:
@@ -265,7 +266,7 @@ def groups(taps: tuple[Range, Range, Range], most: int) -> Iterator[tuple[Range,
     for i in (1, 0):
         inner[i] = inner[i + 1] * (taps[i + 1][1] - taps[i + 1][0])
     for (start, stop), size in zip(taps, inner, strict=True):
-        cut.append([(start + a, start + b) for a, b in split(stop - start, max(1, most // size))])
+        cut.append([(start + a, start + b) for a, b in Cut(stop - start, max(1, most // size))])
     yield from product(*cut)
 
 
@@ -278,7 +279,7 @@ def chunks(box: Box, whole: tuple[int, int, int, int], most: int, outer: int) ->
     ranges: list[list[Range]] = []
     for i, (start, stop) in enumerate(box):
         length = 1 if i < level else max(1, most // inner) if i == level else stop - start
-        ranges.append([(start + a, start + b) for a, b in split(stop - start, length)])
+        ranges.append([(start + a, start + b) for a, b in Cut(stop - start, length)])
     yield from (Box(*found) for found in product(*ranges))
 
 
@@ -322,7 +323,8 @@ def schedule(problem: Problem, machine: Machine) -> ByRows:
     depth, height, width = (of_axis.count for of_axis in of_axes)
     each = max(1, math.prod(len(of_axis.offsets) for of_axis in of_axes))
     item = problem.compute_dtype.itemsize
-    taps = min(max(1, _MOST_TAPS // problem.cout), math.prod(problem.kernel)) * problem.cout
+    most = max(_MOST_TAPS, _MOST_COLUMNS // (problem.batch * math.prod(problem.coarse)))
+    taps = min(max(1, most // problem.cout), math.prod(problem.kernel)) * problem.cout
     rows = max(_FEW_ROWS, min(_MOST_ROWS, int(machine.l2_bytes * _COLUMNS_SHARE) // (taps * item)))
     rows = min(rows, problem.batch * math.prod(problem.coarse))
     widens = must_widen(problem)
@@ -335,12 +337,12 @@ def schedule(problem: Problem, machine: Machine) -> ByRows:
         batch = 1 if problem.layout == "NCDHW" else max(1, positions // (depth * height * width))
         chunks = (batch, max(1, positions // (height * width)), max(1, positions // width), max(1, positions))
         whole = (problem.batch, depth, height, width)
-        cuts = tuple(split(n, min(n, chunk)) for n, chunk in zip(whole, chunks, strict=True))
+        cuts = tuple(Cut(n, min(n, chunk)) for n, chunk in zip(whole, chunks, strict=True))
         return ByRows(
             problem, axes, of_axes, unreached, cuts, rows, taps, problem.cout > axes[2].coarse, widens, channels
         )
 
     positions = [problem.batch * depth * height * width]
-    while positions[-1] * each > _FEW_CELLS:
+    while positions[-1] > 1 and positions[-1] * each * problem.cout > _FEW_VALUES:
         positions.append(positions[-1] // 2)
     return best([candidate(n) for n in positions], machine)

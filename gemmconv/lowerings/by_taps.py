@@ -19,17 +19,15 @@ from gemmconv.lowerings.base import (
     Array,
     Box,
     Columns,
+    Cut,
     Operands,
     Piece,
     Range,
     Workspace,
     aligned,
     canonical,
-    fair,
     five,
-    longest,
     must_widen,
-    split,
     store,
 )
 from gemmconv.lowerings.cost import ENOUGH_BLOCKS, SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
@@ -66,7 +64,7 @@ class ByTaps:
     lanes: int
     direct: bool
     gaps: bool
-    cuts: tuple[list[Range], ...]  # of batch, q in depth, height and width, and output channels
+    cuts: tuple[Cut, ...]  # of batch, q in depth, height and width, and output channels
     groups: tuple[tuple[tuple[int, int], ...], ...]  # pairs of phases that blocks do together
     rows: int  # the most rows of a GEMM
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
@@ -89,7 +87,7 @@ class ByTaps:
     @property
     def channels(self) -> int:
         """The most output channels of a block."""
-        return longest(self.cuts[4])
+        return self.cuts[4].longest
 
     @property
     def largest_product(self) -> int:
@@ -105,7 +103,7 @@ class ByTaps:
     @property
     def _sums(self) -> int:
         """The most values of an accumulator."""
-        return 0 if self.direct else len(self.phases[2]) * self.lanes * math.prod(map(longest, self.cuts))
+        return 0 if self.direct else len(self.phases[2]) * self.lanes * math.prod(cut.longest for cut in self.cuts)
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core; see cost.py."""
@@ -116,7 +114,7 @@ class ByTaps:
         taps = d.kernel * h.kernel * w.kernel // self.lanes
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         scattered = problem.layout == "NCDHW"
-        row = longest(self.cuts[3]) * n
+        row = self.cuts[3].longest * n
         # A row of the output is contiguous where all its lanes, phases and channels are stored together.
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
         steps = boxes * taps
@@ -263,23 +261,23 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
         batch = 1 if problem.layout == "NCDHW" else max(1, rows // math.prod(counts))
         chunks = (max(1, rows // (counts[1] * counts[2])), max(1, rows // counts[2]), rows)
         cuts = [
-            split(problem.batch, batch),
-            *(split(n, min(n, chunk)) for n, chunk in zip(counts, chunks, strict=True)),
+            Cut(problem.batch, batch),
+            *(Cut(n, min(n, chunk)) for n, chunk in zip(counts, chunks, strict=True)),
         ]
         boxes = math.prod(map(len, cuts))
         groups = [tuple(pairs)] if boxes >= ENOUGH_BLOCKS or unreached or not pairs else [(pair,) for pair in pairs]
-        chunk = [max(stop - start for start, stop in cut) for cut in cuts]
+        chunk = [cut.longest for cut in cuts]
         most = largest_hull(chunk, (problem.batch, d.coarse, h.coarse, w.coarse))
         depth = problem.cin
         if widens:
             share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
             depth = min(depth, max(1, share // max(most, lanes * channels)))
-        cut = (*cuts, split(problem.cout, channels))
+        cut = (*cuts, Cut(problem.cout, channels))
         return ByTaps(problem, axes, found, lanes, direct, unreached, cut, tuple(groups), most, widens, depth)
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
-    channels = sorted({fair(problem.cout, -(-problem.cout // parts)) for parts in _PARTS})
+    channels = sorted({Cut(problem.cout, -(-problem.cout // parts)).longest for parts in _PARTS})
     found_schedules = [candidate(r, c) for r in rows for c in channels if c >= _FEW_CHANNELS or c == channels[-1]]
     return best(found_schedules, machine)
 

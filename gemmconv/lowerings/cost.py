@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from gemmconv.blas import serial_products
 from gemmconv.machine import Machine
 
 # GEMM: the rate of large products, and the sizes of m, n and k at which half of it is reached.
 GEMM_FLOPS_PER_S = 100e9
 _HALF_M, _HALF_N, _HALF_K = 40, 9, 8
+# A value of a matrix that is read once, from memory.
+_STREAMED_VALUE_S = 0.4e-9
 # A step in Python: one GEMM call, or one addition with the slices it needs.
 _STEP_S = 3e-6
 # A value added or copied, and what each inner loop of NumPy costs beside its values: in cache; through the ufunc
@@ -49,6 +52,8 @@ S = TypeVar("S", bound=Costed)
 
 def gemm_s(m: float, n: float, k: float) -> float:
     """Return the time of one GEMM call."""
+    if m == 1 and n * k > serial_products():  # as gemv
+        return _STEP_S + n * k * _STREAMED_VALUE_S
     return _STEP_S + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / GEMM_FLOPS_PER_S
 
 
