@@ -207,7 +207,7 @@ def _by(numbers: Any) -> str:
     return "x".join(map(str, numbers))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) -> Plan:
     """Return the plan for a problem; `algorithm` is 'auto' or the name of a lowering."""
     chosen = "col2im" if algorithm == "auto" else algorithm

@@ -19,6 +19,7 @@ from gemmconv.problem import Axis, Problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Range = tuple[int, int]
+Index = tuple[Any, ...]
 
 _ALIGNMENT = 64
 

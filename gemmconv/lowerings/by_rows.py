@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from gemmconv.lowerings.base import (
-    Array,
     Box,
     Columns,
     Cut,
+    Index,
     Operands,
     Piece,
     Range,
@@ -30,17 +30,17 @@ from gemmconv.lowerings.base import (
     must_widen,
     store,
 )
-from gemmconv.lowerings.cost import SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
 from gemmconv.lowerings.phases import Slots, slots
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
-_FEW_ROWS, _MOST_ROWS = 16, 2048
+_FEW_ROWS, _MOST_ROWS = 16, 4096
 _MOST_TAPS = 1024  # filter rows of one GEMM, unless all columns are few
 _MOST_COLUMNS = 65536
 _FEW_VALUES = 256  # of an accumulator: blocks are not cut below this
 _L2_SHARE = 0.75
-_COLUMNS_SHARE = 0.4
+_COLUMNS_SHARE = 1.0
 _PACK_SHARE = 0.25
 
 T = TypeVar("T")
@@ -62,6 +62,27 @@ class Step(NamedTuple):
     taps: Range
 
 
+class Product(NamedTuple):
+    """One GEMM: its rows, the pieces of the filter, m and n, its columns as an array, and where they are added."""
+
+    rows: Box
+    pieces: list[Piece]
+    m: int
+    n: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    moves: list[tuple[Index, Index]]  # of the columns, of the sums
+
+
+class Program(NamedTuple):
+    """What a block does: the shape of its sums, its GEMMs, its region of the output, and where sums are stored."""
+
+    shape: tuple[int, ...]
+    products: list[Product]
+    region: Index
+    stores: list[tuple[Index, Index]]
+
+
 @dataclass(frozen=True, slots=True)
 class ByRows:
     """A schedule; see the module."""
@@ -76,6 +97,7 @@ class ByRows:
     channels_last: bool  # whether columns and accumulators are, or rows
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
+    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -152,53 +174,77 @@ class ByRows:
         if self._run >= SHORT_RUN:
             np.setbufsize(SMALLEST_BUFFER)
         workspace.reset()
-        block = self.block(index)
         problem, axes = self.problem, self.axes
         columns = Columns(problem, axes, operands, workspace, self.rows, self.taps, self.depth, self.widens)
-        shape = self._sums_shape([stop - start for start, stop in block])
+        program = self._program(index)
         if self.channels_last:
-            sums = np.moveaxis(workspace.take(*shape[1:], shape[0]), -1, 0)
+            sums = np.moveaxis(workspace.take(*program.shape[1:], program.shape[0]), -1, 0)
         else:
-            sums = workspace.take(*shape)
+            sums = workspace.take(*program.shape)
         sums[...] = 0
-        outer = 1 if problem.layout == "NCDHW" else 0
-        for d, h, w in self._steps(block):
-            for taps in groups((d.taps, h.taps, w.taps), self.taps // problem.cout):
-                for box in chunks(Box(block.batch, d.rows, h.rows, w.rows), columns.sizes, self.rows, outer):
-                    self._add(block, box, taps, columns, sums)
+        for gemm in program.products:
+            m, n = gemm.m, gemm.n
+            columns.form(columns.locate(gemm.rows), gemm.pieces, n if self.channels_last else m, not self.channels_last)
+            column = columns.buffer[: m * n].reshape(gemm.shape).transpose(gemm.order)
+            for source, to in gemm.moves:
+                cells = sums[to]
+                np.add(cells, column[source], cells)
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
-        output = output[slice(*block.batch)]
         if self.gaps:
-            output[:, *(slice(*slots.span(axis, q)) for axis, slots, q in self._by_axis(block[1:]))] = 0
-        for at_d, at_h, at_w in product(*(places(*parts) for parts in self._by_axis(block[1:]))):
-            result = sums[:, :, at_d.slot, at_d.q, at_h.slot, at_h.q, at_w.slot, at_w.q]
-            store(output[:, at_d.fine, at_h.fine, at_w.fine], result.transpose(1, 2, 3, 4, 0))
+            output[program.region] = 0
+        for source, to in program.stores:
+            store(output[to], sums[source].transpose(1, 2, 3, 4, 0))
 
-    def _add(self, block: Block, box: Box, taps: tuple[Range, Range, Range], columns: Columns, sums: Array) -> None:
-        """Form the columns of a contiguous box of rows with a box of taps, and add each where it lands."""
+    def _program(self, index: int) -> Program:
+        """Return what a block does: made once for small schedules, where making it would take longer than doing it."""
+        program = self.programs.get(index)
+        if program is None:
+            program = self._made(self.block(index))
+            steps = len(program.stores) + sum(len(gemm.moves) for gemm in program.products)
+            if steps * self.count <= MOST_STEPS_KEPT:
+                self.programs[index] = program
+        return program
+
+    def _made(self, block: Block) -> Program:
+        outer = 1 if self.problem.layout == "NCDHW" else 0
+        depth, height, width = (axis.coarse for axis in self.axes)
+        whole = (self.problem.batch, depth, height, width)
+        products: list[Product] = []
+        for d, h, w in self._steps(block):
+            for taps in groups((d.taps, h.taps, w.taps), self.taps // self.problem.cout):
+                boxes = chunks(Box(block.batch, d.rows, h.rows, w.rows), whole, self.rows, outer)
+                products.extend(self._product(block, box, taps) for box in boxes)
+        parts = list(self._by_axis(block[1:]))
+        region = (slice(*block.batch), *(slice(*slots.span(axis, q)) for axis, slots, q in parts))
+        stores = []
+        for d_, h_, w_ in product(*(places(*part) for part in parts)):
+            source = (slice(None), slice(None), d_.slot, d_.q, h_.slot, h_.q, w_.slot, w_.q)
+            stores.append((source, (slice(*block.batch), d_.fine, h_.fine, w_.fine)))
+        shape = self._sums_shape([stop - start for start, stop in block])
+        return Program(shape, products, region, stores)
+
+    def _product(self, block: Block, box: Box, taps: tuple[Range, Range, Range]) -> Product:
+        """Return one GEMM, a contiguous box of rows with a box of taps, and where its columns are added."""
         _, h, w = self.axes
-        cout, m = self.problem.cout, math.prod(box.sizes)
-        many = [stop - start for start, stop in taps]
-        found = pieces(taps, (h.kernel, w.kernel), cout)
-        n = math.prod(many) * cout
+        cout = self.problem.cout
+        many = tuple(stop - start for start, stop in taps)
         # Seen as [channel, batch, tap d, row d, tap h, row h, tap w, row w], whatever lies innermost.
         if self.channels_last:
-            columns.form(columns.locate(box), found, n, tap_major=False)
-            column = columns.buffer[: m * n].reshape(*box.sizes, *many, cout).transpose(7, 0, 4, 1, 5, 2, 6, 3)
+            shape, order = (*box.sizes, *many, cout), (7, 0, 4, 1, 5, 2, 6, 3)
         else:
-            columns.form(columns.locate(box), found, m, tap_major=True)
-            column = columns.buffer[: m * n].reshape(*many, cout, *box.sizes).transpose(3, 4, 0, 5, 1, 6, 2, 7)
-        sums = sums[:, box.batch[0] - block.batch[0] : box.batch[1] - block.batch[0]]
-        along = [
+            shape, order = (*many, cout, *box.sizes), (3, 4, 0, 5, 1, 6, 2, 7)
+        batch = slice(box.batch[0] - block.batch[0], box.batch[1] - block.batch[0])
+        along = (
             meetings(slots, tap, rows, q)
             for (_, slots, q), tap, rows in zip(self._by_axis(block[1:]), taps, box[1:], strict=True)
+        )
+        every = slice(None)
+        moves = [
+            ((every, every, *from_d, *from_h, *from_w), (every, batch, *to_d, *to_h, *to_w))
+            for (from_d, to_d), (from_h, to_h), (from_w, to_w) in product(*along)
         ]
-        for from_d, to_d in along[0]:
-            for from_h, to_h in along[1]:
-                part, target = column[:, :, *from_d, *from_h], sums[:, :, *to_d, *to_h]
-                for from_w, to_w in along[2]:
-                    cells = target[..., *to_w]
-                    np.add(cells, part[..., *from_w], cells)
+        found = pieces(taps, (h.kernel, w.kernel), cout)
+        return Product(box, found, math.prod(box.sizes), math.prod(many) * cout, shape, order, moves)
 
     def _sums_shape(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of an accumulator: output channels, batch, then slots and q of each axis."""

@@ -9,8 +9,8 @@ larger than its stride) there is no accumulator: columns are stored as the rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from gemmconv.lowerings.base import (
     Box,
     Columns,
     Cut,
+    Index,
     Operands,
     Piece,
     Range,
@@ -30,7 +31,7 @@ from gemmconv.lowerings.base import (
     must_widen,
     store,
 )
-from gemmconv.lowerings.cost import ENOUGH_BLOCKS, SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
+from gemmconv.lowerings.cost import ENOUGH_BLOCKS, MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
 from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -54,6 +55,18 @@ class Block(NamedTuple):
     pairs: tuple[tuple[int, int], ...]  # phases of depth and height
 
 
+class Step(NamedTuple):
+    """One GEMM: its rows, the pieces of the filter, its columns as an array, and which are added to what."""
+
+    rows: Box
+    pieces: list[Piece]
+    values: int
+    shape: tuple[int, ...]
+    source: Index  # of the columns
+    phase: int  # of W
+    to: Index  # of that phase
+
+
 @dataclass(frozen=True, slots=True)
 class ByTaps:
     """A schedule; see the module. `direct` says that columns are stored without an accumulator."""
@@ -69,6 +82,7 @@ class ByTaps:
     rows: int  # the most rows of a GEMM
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
+    programs: dict[int, list[list[Step]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -149,43 +163,54 @@ class ByTaps:
         n = self.lanes * (block.channels[1] - block.channels[0])
         columns = Columns(problem, axes, operands, workspace, self.rows, n, self.depth, self.widens)
         sums = None if self.direct else workspace.take(*self._sums_shape(block))
-        for d, h in block.pairs:
+        for (d, h), steps in zip(block.pairs, self._program(index), strict=True):
             depth, height = self.phases[0][d], self.phases[1][h]
             if sums is None:
-                self._products(block, depth, height, columns, self._rows_of(output, block, depth, height))
+                targets = self._rows_of(output, block, depth, height)
             else:
+                targets = list(sums)
                 sums[...] = 0
-                self._products(block, depth, height, columns, list(sums))
+            for step in steps:
+                columns.form(columns.locate(step.rows), step.pieces, n, False)
+                column = columns.buffer[: step.values].reshape(step.shape)[step.source]
+                cells = targets[step.phase][step.to]
+                # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
+                np.add(column, 0 if self.direct else cells, cells)
+            if sums is not None:
                 self._store(output, block, depth, height, sums)
 
-    def _products(self, block: Block, depth: Phase, height: Phase, columns: Columns, targets: list[Array]) -> None:
-        """Form the columns of all taps of one pair of phases, and add each where it lands."""
-        _, h, w = self.axes
+    def _program(self, index: int) -> list[list[Step]]:
+        """Return the steps of a block for each of its pairs of phases, kept for schedules of few steps."""
+        program = self.programs.get(index)
+        if program is None:
+            block = self.block(index)
+            program = [list(self._steps(block, self.phases[0][d], self.phases[1][h])) for d, h in block.pairs]
+            if sum(map(len, program)) * self.count <= MOST_STEPS_KEPT:
+                self.programs[index] = program
+        return program
+
+    def _steps(self, block: Block, depth: Phase, height: Phase) -> Iterator[Step]:
+        """Yield the steps of a pair of phases: the columns of each tap, and where they are added."""
+        d, h, w = self.axes
+        sizes = (self.problem.batch, d.coarse, h.coarse, w.coarse)
         channels, cout = block.channels[1] - block.channels[0], self.problem.cout
         n = self.lanes * channels
         # As it lies, the filter's rows of several lanes follow each other only with all their output channels.
         lines = 1 if channels == cout else self.lanes
         cut = len(self.cuts[3]) > 1  # then blocks are pieces of single rows
-        along_w = self._along_w(block)
+        along_w = [(i, *tap) for i, phase in enumerate(self.phases[2]) for tap in self._along(2, phase, block.width)]
         along_h = self._along(1, height, block.height)
+        every = slice(None)
         for tap_d, at_d, to_d in self._along(0, depth, block.depth):
             for tap_h, at_h, to_h in along_h:
                 first = (tap_d * h.kernel + tap_h) * w.kernel * cout + block.channels[0]
-                parts = [target[:, to_d, to_h] for target in targets]
-                hull = None
                 for i, tap_w, at_w, to_w in along_w:
-                    if cut or hull is None:
-                        box = Box(block.batch, at_d, at_h, at_w if cut else (0, w.coarse))
-                        hull = box.hull(columns.sizes)
-                        rows = columns.locate(hull)
-                        column = columns.buffer[: rows.m * n].reshape(*hull.sizes, self.lanes, channels)
-                        column = column[box.within(hull)]
+                    box = Box(block.batch, at_d, at_h, at_w)
+                    hull = (box if cut else box._replace(width=(0, w.coarse))).hull(sizes)
                     at = first + tap_w * cout
-                    columns.form(rows, [Piece(at + j * cout, n // lines, j * channels) for j in range(lines)], n, False)
-                    cells = parts[i][:, :, :, to_w]
-                    # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
-                    added = column if cut else column[:, :, :, slice(*at_w)]
-                    np.add(added, 0 if self.direct else cells, cells)
+                    found = [Piece(at + j * cout, n // lines, j * channels) for j in range(lines)]
+                    shape = (*hull.sizes, self.lanes, channels)
+                    yield Step(hull, found, math.prod(shape), shape, box.within(hull), i, (every, to_d, to_h, to_w))
 
     def _along(self, axis: int, phase: Phase, q: Range) -> list[tuple[int, Range, slice]]:
         """Return for each tap of a phase that lands in an interval of q: the tap, which rows, and to where."""
@@ -195,10 +220,6 @@ class ByTaps:
             if start < stop:
                 found.append((tap, (start, stop), slice(start + shift - q[0], stop + shift - q[0])))
         return found
-
-    def _along_w(self, block: Block) -> list[tuple[int, int, Range, slice]]:
-        """Return the same for all phases of W, each with its number."""
-        return [(i, *tap) for i, phase in enumerate(self.phases[2]) for tap in self._along(2, phase, block.width)]
 
     def _rows_of(self, output: Array, block: Block, depth: Phase, height: Phase) -> list[Array]:
         """Return the output's cells of a block and pair, as [batch, d, h, w, lane, channel] for each phase of W."""

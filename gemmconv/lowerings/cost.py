@@ -28,6 +28,9 @@ _STRIDED_VALUE_S = 1.2e-9
 # the addition, unless loops are very short: lowerings set the smallest buffer that NumPy takes for all others.
 SHORT_RUN = 64
 SMALLEST_BUFFER = 16
+# What blocks do is worked out once and kept by a schedule of at most this many steps, about 1 KiB each: for small
+# problems working it out takes longer than doing it.
+MOST_STEPS_KEPT = 2048
 # Where blocks are few, up to this loss is accepted for more of them.
 _LOSS = 0.1
 ENOUGH_BLOCKS = 16
