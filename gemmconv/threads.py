@@ -263,10 +263,23 @@ class _BlasPool:
         self.before: int | None = None
         self.allowed: int | None = None
         self.problem = ""
+        self.forks = 0
 
     def threads(self) -> int | None:
         number = self.controller.num_threads
         return None if number is None else int(number)
+
+    def set(self, number: int) -> None:
+        if self.forks == _forks or not hasattr(os, "sched_setaffinity"):
+            self.controller.set_num_threads(number)
+            return
+        # OpenBLAS ends its threads before a fork and starts new ones in here, which inherit the CPUs of this thread.
+        cpus, self.forks = os.sched_getaffinity(0), _forks
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))  # the main thread's
+        try:
+            self.controller.set_num_threads(number)
+        finally:
+            os.sched_setaffinity(0, cpus)
 
     def allowed_now(self, limit: _Limit) -> int:
         # Lock-free: a call that began or ended in between shows in `changes`, one that runs all the while in `calls`.
@@ -281,7 +294,7 @@ class _BlasPool:
             return ""
         if free:
             self.before = number  # before it is set: a fork must find it
-        self.controller.set_num_threads(1)
+        self.set(1)
         after = self.threads()
         if after != 1:
             owned = ": another thread has limited it" if hasattr(self.controller, "clear_controlling_thread") else ""
@@ -294,7 +307,7 @@ class _BlasPool:
             # threadpoolctl >= 3.8 silently ignores every thread but the one that set the 1, which may be another one.
             self.give_up(force=True)
             if self.threads() == 1:
-                self.controller.set_num_threads(self.before)
+                self.set(self.before)
             self.give_up(force=True)  # else no other thread could ever set a limit
             self.before = None
 
@@ -447,7 +460,6 @@ class _Pool:
                 if not self.tokens.empty():  # together with submit()'s look at `busy` no token is left unseen
                     self._grow()
                 call.serve(slot)
-                del call
                 with self.lock:
                     self.busy -= 1
         finally:
@@ -484,15 +496,23 @@ def _settle(call: _Call) -> None:
 
 _limit = _Limit()
 _pool = _Pool()
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
 
 
 def _after_fork() -> None:
     global _pool
     _pool = _Pool()
+    _count_fork()
     _limit.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    # Taken before, so that no other thread is inside threadpoolctl, which has a lock of its own that a child would
+    # The lock is taken before, so that no other thread is inside threadpoolctl, which has a lock of its own that a child would
     # inherit locked. Methods of C, so that no interrupt can come between the lock and its release.
+    os.register_at_fork(after_in_parent=_count_fork)
     os.register_at_fork(before=_limit.lock.acquire, after_in_parent=_limit.lock.release, after_in_child=_after_fork)

@@ -180,6 +180,7 @@ def test_a_thousand_interrupts_of_the_main_thread():
 def test_an_interrupt_of_a_call_without_limit_leaves_no_task_running():
     out = python("""
         main, active = threading.main_thread().ident, []
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 
         def task(index, slot):
             active.append(index)
@@ -259,6 +260,44 @@ def test_threads_are_no_more_than_usable_cores():
         print(1 <= added() <= threads.usable_cores())
     """)
     assert out == "True\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="CPUs of a thread are read in Linux's /proc")
+def test_no_other_thread_inherits_the_cpus_of_a_worker():
+    # OpenBLAS ends its threads before a fork and starts new ones when their number is set, from a pool thread, that is.
+    out = python("""
+        meeting, ours = threading.Barrier(2), set()
+
+        def task(index, slot):
+            ours.add(threading.get_native_id())
+            meeting.wait(20)
+
+        def fork():
+            pid = os.fork()
+            if not pid:
+                os._exit(0)
+            os.waitpid(pid, 0)
+
+        def others():
+            tasks = {int(task) for task in os.listdir("/proc/self/task")} - ours - {os.getpid()}
+            assert tasks, "BLAS has no threads"
+            return {frozenset(os.sched_getaffinity(task)) for task in tasks}
+
+        threads.usable_cores = lambda: 2
+        all_cpus = {frozenset(os.sched_getaffinity(0))}
+        run(task, 2, 2)
+        assert others() == all_cpus
+        fork()
+        run(task, 2, 2)
+        assert others() == all_cpus
+        run(lambda index, slot: fork(), 1, 1)
+        assert others() == all_cpus
+        run(lambda index, slot: (task(index, slot), fork() if index else None), 2, 2)
+        assert others() == all_cpus
+        assert {frozenset(os.sched_getaffinity(0))} == all_cpus
+        print("end")
+    """)
+    assert out == "end\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")

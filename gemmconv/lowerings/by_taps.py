@@ -126,16 +126,18 @@ class ByTaps:
         boxes = math.prod(map(len, self.cuts))
         pieces = 1 if len(self.cuts[4]) == 1 else self.lanes
         taps = d.kernel * h.kernel * w.kernel // self.lanes
+        coarse = problem.batch * d.coarse * h.coarse * w.coarse
+        rows = min(self.rows, coarse * len(self.cuts[4]) / boxes)
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         scattered = problem.layout == "NCDHW"
         row = self.cuts[3].longest * n
         # A row of the output is contiguous where all its lanes, phases and channels are stored together.
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
         steps = boxes * taps
-        total = steps * pieces * gemm_s(self.rows, n / pieces, problem.cin)
+        total = steps * pieces * gemm_s(rows, n / pieces, problem.cin)
         if self.direct:
-            return total + steps * pass_s(self.rows * n, stored, strided=scattered, spilled=spilled)
-        total += steps * pass_s(self.rows * n, row, spilled=spilled)
+            return total + steps * pass_s(rows * n, stored, strided=scattered, spilled=spilled)
+        total += steps * pass_s(rows * n, row, spilled=spilled)
         stores = max(1, boxes * math.prod(map(len, self.phases)))
         values = math.prod(problem.output_shape) / stores
         return total + stores * (pass_s(values, stored, strided=scattered) + pass_s(values, row, spilled=spilled))
@@ -298,8 +300,10 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
-    channels = sorted({Cut(problem.cout, -(-problem.cout // parts)).longest for parts in _PARTS})
-    found_schedules = [candidate(r, c) for r in rows for c in channels if c >= _FEW_CHANNELS or c == channels[-1]]
+    channels = [Cut(problem.cout, -(-problem.cout // parts)).longest for parts in _PARTS]
+    # BLAS' kernels want whole vectors of columns.
+    channels = sorted({c for c in channels if c % _FEW_CHANNELS == 0} | {channels[0]})
+    found_schedules = [candidate(r, c) for r in rows for c in channels]
     return best(found_schedules, machine)
 
 

@@ -22,7 +22,7 @@ _STEP_S = 3e-6
 # buffer, which joins short loops; to or from memory; where neither side is contiguous.
 _VALUE_S, _RUN_S = 0.22e-9, 40e-9
 _BUFFERED_VALUE_S, _BUFFERED_RUN_S = 0.8e-9, 6e-9
-_SPILLED_VALUE_S = 0.4e-9
+_SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 1.2e-9
 # NumPy copies loops shorter than its ufunc buffer through it, in blocks of the buffer's size, and that costs more than
 # the addition, unless loops are very short: lowerings set the smallest buffer that NumPy takes for all others.
@@ -30,9 +30,10 @@ SHORT_RUN = 64
 SMALLEST_BUFFER = 16
 # What blocks do is worked out once and kept by a schedule of at most this many steps, about 1 KiB each: for small
 # problems working it out takes longer than doing it.
-MOST_STEPS_KEPT = 2048
-# Where blocks are few, up to this loss is accepted for more of them.
-_LOSS = 0.1
+MOST_STEPS_KEPT = 4096
+# The last block of a call leaves other workers idle: half a block's time, as a rule.
+_IDLE_BLOCKS = 0.5
+# Blocks are made of single phases of depth and height while there are fewer boxes than this.
 ENOUGH_BLOCKS = 16
 # The most workspace of a worker, in L2 caches.
 _MOST_WORKSPACE = 4
@@ -72,12 +73,10 @@ def pass_s(values: float, run: float, *, spilled: bool = False, strided: bool = 
 
 
 def best(schedules: Sequence[S], machine: Machine) -> S:
-    """Return the fastest schedule, or one within a tenth of it that has more blocks for more workers.
+    """Return the fastest schedule, when what is idle while the last block runs is counted in.
 
     Only those whose workspace is within `_MOST_WORKSPACE` of the L2 cache are considered, where there are any.
     """
     limit = max(_MOST_WORKSPACE * machine.l2_bytes, min(s.workspace_bytes for s in schedules))
-    timed = [(s, s.time_s(machine)) for s in schedules if s.workspace_bytes <= limit]
-    slowest = min(time_s for _, time_s in timed) * (1 + _LOSS)
-    near = [(s, time_s) for s, time_s in timed if time_s <= slowest]
-    return min(near, key=lambda pair: (-min(pair[0].count, ENOUGH_BLOCKS), pair[1]))[0]
+    possible = [s for s in schedules if s.workspace_bytes <= limit]
+    return min(possible, key=lambda s: s.time_s(machine) * (1 + _IDLE_BLOCKS / s.count))
