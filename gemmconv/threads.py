@@ -393,7 +393,7 @@ class _Call:
             _context.copy().run(task, index, slot)
             if self.closed:
                 break
-            if waiting() and time.perf_counter() > end_s and _pool.size > 0:
+            if waiting() and time.perf_counter() > end_s:
                 return True
         return False
 
@@ -512,7 +512,7 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # The lock is taken before, so that no other thread is inside threadpoolctl, which has a lock of its own that a child would
-    # inherit locked. Methods of C, so that no interrupt can come between the lock and its release.
     os.register_at_fork(after_in_parent=_count_fork)
+    # The lock is taken before, so that no other thread is inside threadpoolctl, which has a lock of its own that a
+    # child would inherit locked. Methods of C, so that no interrupt can come between the lock and its release.
     os.register_at_fork(before=_limit.lock.acquire, after_in_parent=_limit.lock.release, after_in_child=_after_fork)

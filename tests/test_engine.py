@@ -179,6 +179,7 @@ def test_workspace_is_what_the_plan_says_and_bounded():
         ((1, 4, 4, 4, 100_000), (2, 2, 2, 3, 100_000)),
         ((1, 300, 300, 300, 2), (5, 5, 5, 2, 2)),
         ((1, 20, 1000, 2, 7), (3, 3, 3, 11, 7)),
+        ((1, 1, 1, 1, 2), (1, 1, 5000, 40, 2)),
     ]
     for (value, filter), stride, dilation, dtype, layout in itertools.product(
         shapes, (1, 2, 5), (1, 3, 1000), ("float32", "float16", "complex128"), ("NDHWC", "NCDHW")

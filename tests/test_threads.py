@@ -10,7 +10,9 @@ import functools
 import gc
 import itertools
 import json
+import os
 import random
+import re
 import sys
 import threading
 import warnings
@@ -18,7 +20,7 @@ import weakref
 
 import numpy as np
 import pytest
-import scipy.linalg.cython_blas  # noqa: F401  loads SciPy's BLAS
+import scipy.linalg.cython_blas
 import threadpoolctl
 
 from gemmconv import threads
@@ -343,6 +345,35 @@ def test_a_library_lost_while_the_call_runs_is_warned_of_after_it(loaded):
     assert library.num_threads == 5
 
 
+@pytest.mark.parametrize(
+    ("layer", "built", "held", "never"),
+    [
+        ("pthreads", "scipy-openblas", ["blas"], ""),
+        ("openmp", "openblas", ["blas", "openmp"], ""),
+        ("pthreads", "accelerate", ["blas"], r"SciPy's BLAS \('accelerate'\) is none that threadpoolctl can limit"),
+        (None, "netlib", [], r"SciPy's BLAS \('netlib'\) is none that threadpoolctl can limit"),
+    ],
+)
+def test_pools_that_are_held(layer, built, held, never, monkeypatch):
+    limit, free = threads._Limit(), []
+
+    class Controller:
+        def __init__(self):
+            free.append(in_thread(lambda: limit.lock.acquire(blocking=False))())
+            blas, openmp = FakeLibrary(2), FakeLibrary(2)
+            blas.threading_layer, openmp.user_api = layer, "openmp"
+            self.lib_controllers = [openmp] if layer is None else [openmp, blas]
+
+    monkeypatch.setattr(threads.threadpoolctl, "ThreadpoolController", Controller)
+    config = {"Build Dependencies": {"blas": {"name": built}}}
+    monkeypatch.setattr(threads.scipy, "show_config", lambda mode: config)
+    limit.load()
+    limit.load()
+    assert [pool.api for pool in limit.pools] == held
+    assert re.fullmatch(never, limit.never)
+    assert free == [False]  # one search, and no fork during it
+
+
 def test_every_worker_holds_a_number_that_belongs_to_its_thread(loaded):
     library, seen, meeting = FakeLibrary(6, local=True), [], threading.Barrier(3)
     loaded(library)
@@ -386,6 +417,15 @@ def test_the_default_does_not_see_the_limit_of_a_call():
     set_numbers(64)
     assert get_workers() == 4
     set_numbers(2)
+
+
+def test_the_default_is_the_number_of_scipys_blas(loaded):
+    scipys, other = FakeLibrary(2), FakeLibrary(3)
+    scipys.filepath = os.path.dirname(scipy.__file__) + ".libs/libfake.so.3"
+    loaded(other, scipys, other)
+    assert get_workers() == 2
+    loaded(FakeLibrary(1), other)  # a system's BLAS, which nothing tells from others
+    assert get_workers() == 3
 
 
 def test_the_default_is_right_while_calls_begin_and_end():
@@ -518,6 +558,34 @@ def test_more_calls_than_threads():
     assert threads._pool.size <= 4
 
 
+def test_threads_of_the_user_stand_in_for_all_of_the_pool(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("can't start new thread")
+
+    def call():
+        done = []
+        run(lambda index, slot: (done.append(index), pause.wait(0.001)), 30, 3)
+        return sorted(done)
+
+    pause, start = threading.Event(), threads._thread.start_new_thread
+    monkeypatch.setattr(threads, "_pool", threads._Pool())
+    monkeypatch.setattr(threads, "SLICE_S", 0)
+    monkeypatch.setattr(threads._pool, "_loop", None)
+    monkeypatch.setattr(
+        threads._thread, "start_new_thread", lambda loop, args: refuse() if loop is None else start(loop, args)
+    )
+    joins = [in_thread(call) for _ in range(4)]
+    assert [join() for join in joins] == [list(range(30))] * 4
+    assert threads._pool.size == 0
+
+
+def test_a_thread_too_many_ends_at_once():
+    pool = threads._Pool()
+    assert pool.size == pool.most == 0
+    in_thread(pool._loop)()
+    assert pool.size == 0
+
+
 def test_a_thread_that_cannot_be_started_is_an_error_and_the_next_call_works(monkeypatch):
     def refuse(*args):
         raise RuntimeError("can't start new thread")
@@ -542,8 +610,24 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_the_next_call_works(mon
     assert threads._pool.size == 1
     monkeypatch.setattr(threads._thread, "start_new_thread", refuse)
     call(3)  # with a thread there already the call goes on with what there is
-    monkeypatch.setattr(threads._thread, "start_new_thread", start)
     assert done == [0, 0, 1, 2]
+    monkeypatch.setattr(threads._thread, "start_new_thread", start)
+    busy, pause = threading.Event(), threading.Event()
+
+    def until_another_call_waits(index, slot):
+        busy.set()
+        for _ in range(WAIT_S * 1000):
+            if threads._pool.tokens.qsize():
+                break
+            pause.wait(0.001)
+
+    join = in_thread(lambda: run(until_another_call_waits, 1, 1))
+    assert busy.wait(WAIT_S)
+    monkeypatch.setattr(threads._thread, "start_new_thread", refuse)
+    call(2)  # also where the thread is busy
+    monkeypatch.setattr(threads._thread, "start_new_thread", start)
+    join()
+    assert done == [0, 0, 1, 2, 0, 1]
     assert numbers() == {2}
 
 

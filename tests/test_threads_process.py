@@ -266,20 +266,24 @@ def test_threads_are_no_more_than_usable_cores():
 def test_no_other_thread_inherits_the_cpus_of_a_worker():
     # OpenBLAS ends its threads before a fork and starts new ones when their number is set, from a pool thread, that is.
     out = python("""
-        meeting, ours = threading.Barrier(2), set()
+        meeting, ours = threading.Barrier(2), {}
 
         def task(index, slot):
-            ours.add(threading.get_native_id())
+            ours.setdefault(threading.get_native_id(), set()).add(frozenset(os.sched_getaffinity(0)))
             meeting.wait(20)
 
-        def fork():
+        def nothing():
+            pass
+
+        def fork(child=nothing):
             pid = os.fork()
             if not pid:
+                child()
                 os._exit(0)
-            os.waitpid(pid, 0)
+            assert os.waitpid(pid, 0)[1] == 0
 
         def others():
-            tasks = {int(task) for task in os.listdir("/proc/self/task")} - ours - {os.getpid()}
+            tasks = {int(task) for task in os.listdir("/proc/self/task")} - set(ours) - {os.getpid()}
             assert tasks, "BLAS has no threads"
             return {frozenset(os.sched_getaffinity(task)) for task in tasks}
 
@@ -295,6 +299,14 @@ def test_no_other_thread_inherits_the_cpus_of_a_worker():
         run(lambda index, slot: (task(index, slot), fork() if index else None), 2, 2)
         assert others() == all_cpus
         assert {frozenset(os.sched_getaffinity(0))} == all_cpus
+        assert [len(cpus) for cpus in ours.values()] == [1, 1], "a worker has its own again"
+
+        def child():
+            ours.clear()
+            run(task, 2, 2)
+            assert others() == all_cpus
+
+        fork(child)
         print("end")
     """)
     assert out == "end\n"

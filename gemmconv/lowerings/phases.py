@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from gemmconv.lowerings.base import Range
 from gemmconv.problem import Axis
 
+_MOST_LANES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -40,8 +42,8 @@ def tiles(axis: Axis) -> tuple[Phase, ...]:
 
 
 def tileable(axis: Axis) -> bool:
-    """Whether `tiles` applies."""
-    return axis.stride > 1 and axis.dilation == 1 and axis.kernel % axis.stride == 0
+    """Whether `tiles` applies; not for so many lanes that columns of a few rows would not fit a cache."""
+    return 1 < axis.stride <= _MOST_LANES and axis.dilation == 1 and axis.kernel % axis.stride == 0
 
 
 def gaps(axis: Axis, found: Sequence[Phase]) -> bool:
