@@ -85,7 +85,7 @@ def in_thread(function):
             outcome.append((None, error))
 
     thread = threading.Thread(target=target, daemon=True)
-    thread.start()
+    thread.start()  # not by way of `_thread.start_new_thread` as an attribute, which tests replace
 
     def join():
         thread.join(WAIT_S)
@@ -558,22 +558,19 @@ def test_more_calls_than_threads():
     assert threads._pool.size <= 4
 
 
-def test_threads_of_the_user_stand_in_for_all_of_the_pool(monkeypatch):
-    def refuse(*args):
-        raise RuntimeError("can't start new thread")
+def refuse(*args):
+    raise RuntimeError("can't start new thread")
 
+
+def test_threads_of_the_user_stand_in_for_all_of_the_pool(monkeypatch):
     def call():
-        done = []
+        done, pause = [], threading.Event()
         run(lambda index, slot: (done.append(index), pause.wait(0.001)), 30, 3)
         return sorted(done)
 
-    pause, start = threading.Event(), threads._thread.start_new_thread
     monkeypatch.setattr(threads, "_pool", threads._Pool())
     monkeypatch.setattr(threads, "SLICE_S", 0)
-    monkeypatch.setattr(threads._pool, "_loop", None)
-    monkeypatch.setattr(
-        threads._thread, "start_new_thread", lambda loop, args: refuse() if loop is None else start(loop, args)
-    )
+    monkeypatch.setattr(threads._thread, "start_new_thread", refuse)
     joins = [in_thread(call) for _ in range(4)]
     assert [join() for join in joins] == [list(range(30))] * 4
     assert threads._pool.size == 0
@@ -587,9 +584,6 @@ def test_a_thread_too_many_ends_at_once():
 
 
 def test_a_thread_that_cannot_be_started_is_an_error_and_the_next_call_works(monkeypatch):
-    def refuse(*args):
-        raise RuntimeError("can't start new thread")
-
     done = []
 
     def call(count):
