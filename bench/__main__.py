@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 KERNEL_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -51,14 +52,16 @@ def speed(args: argparse.Namespace) -> None:
                 sys.exit(f"{layer.name}: results differ by {error:.1e} of the largest output")
             del expected
             times = np.empty((2, args.rounds))
+            plain = partial(obvious, layer, plan, value, filter)
+            ours = partial(layer.gemmconv, value, filter, workers)
             for i in range(args.rounds):
                 time.sleep(args.pause)
                 with threadpoolctl.threadpool_limits(workers):
-                    obvious(layer, plan, value, filter)  # so that caches and threads are warm
-                    times[0, i] = seconds(lambda: obvious(layer, plan, value, filter))  # noqa: B023
+                    plain()  # so that caches and threads are warm
+                    times[0, i] = seconds(plain)
                 time.sleep(args.pause)
-                layer.gemmconv(value, filter, workers)
-                times[1, i] = seconds(lambda: layer.gemmconv(value, filter, workers))  # noqa: B023
+                ours()
+                times[1, i] = seconds(ours)
             medians = np.median(times, axis=1)
             drawn = rng.integers(args.rounds, size=(2000, args.rounds))
             ratios = np.median(times[0][drawn], axis=1) / np.median(times[1][drawn], axis=1)
