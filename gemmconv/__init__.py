@@ -11,6 +11,7 @@
 from gemmconv.config import show_config
 from gemmconv.nn import conv3d_transpose, plan_conv3d_transpose
 from gemmconv.plan import Plan, clear_cache
+from gemmconv.profile import profile
 from gemmconv.threads import get_workers, set_workers
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "conv3d_transpose",
     "get_workers",
     "plan_conv3d_transpose",
+    "profile",
     "set_workers",
     "show_config",
 ]

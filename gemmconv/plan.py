@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, threads
+from gemmconv import arrays, profile, threads
 from gemmconv.arrays import Array
 from gemmconv.blas import serial_products
-from gemmconv.lowerings import LOWERINGS, Operands, Schedule, Workspace
+from gemmconv.lowerings import LOWERINGS, CannotLowerError, Operands, Schedule, Workspace
+from gemmconv.lowerings.cost import total_s
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem
 
@@ -77,7 +79,7 @@ class Plan:
         """Why this lowering, and what it will do, in words."""
         if self.schedule is None:
             return "no product to form: the result is empty or all zeros"
-        why = "asked for by name" if self.requested == self.algorithm else "the only lowering"
+        why = "asked for by name" if self.requested == self.algorithm else "estimated to be the fastest"
         return f"{self.algorithm}, {why}: {self.schedule.reason}"
 
     @property
@@ -172,6 +174,7 @@ class Plan:
         self, function: str, value: Array, filter: Array, out: Array | None, progress: Progress | None = None
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
+        start_s = time.perf_counter()
         problem = self.problem
         target = None if out is None else arrays.check_out(function, out, problem.output_shape, problem.dtype)
         operands = [arrays.converted(array, problem.dtype) for array in (value, filter)]
@@ -183,14 +186,24 @@ class Plan:
         if self.schedule is None:
             result[...] = 0
         else:
-            self._run(self.schedule, Operands(operands[0], operands[1], result), progress)
+            self._run(self.schedule, operands[0], operands[1], result, progress, start_s)
         if out is None or target is None:
             return result
         if target is not result:
             np.copyto(target, result)
         return out
 
-    def _run(self, schedule: Schedule, operands: Operands, progress: Progress | None) -> None:
+    def _run(
+        self, schedule: Schedule, value: Array, filter: Array, result: Array, progress: Progress | None, start_s: float
+    ) -> None:
+        looking = profile.current()
+        pack_s = time.perf_counter()
+        packed = self._packed(schedule, filter)
+        pack_s = time.perf_counter() - pack_s if packed.size else 0.0
+        if schedule.wants_finite_filter and not _finite(packed if packed.size else filter):
+            # Zeros around the value times Inf or NaN would be NaN where no tap reaches: col2im forms no such products.
+            schedule = LOWERINGS["col2im"](self.problem, self.machine)
+        operands = Operands(value, filter, result, packed)
         workspaces = _acquire(self.used_workers, schedule.workspace_bytes, self.problem.compute_dtype)
         done = itertools.count(1)
 
@@ -199,8 +212,44 @@ class Plan:
             if progress is not None:
                 progress(next(done), schedule.count)
 
-        threads.run(task, schedule.count, len(workspaces), limit_blas=schedule.largest_product > serial_products())
+        def timed(index: int, slot: int) -> None:
+            clock = clocks[slot]
+            clock.start()
+            task(index, slot)
+            clock("overhead")
+
+        clocks = [profile.Clock() for _ in workspaces]
+        for workspace, clock in zip(workspaces, clocks, strict=True):
+            workspace.clock = clock if looking else None
+        run_s = time.perf_counter()
+        threads.run(
+            timed if looking else task,
+            schedule.count,
+            len(workspaces),
+            limit_blas=schedule.largest_product > serial_products(),
+        )
+        end_s = time.perf_counter()
         _release(workspaces)
+        if looking:
+            workers = len(workspaces)
+            seconds = {phase: sum(clock.seconds.get(phase, 0.0) for clock in clocks) for phase in profile.PHASES}
+            seconds["wait"] = workers * (end_s - run_s) - sum(seconds.values())
+            seconds["pack"] += workers * pack_s
+            seconds["overhead"] += workers * (run_s - start_s - pack_s)
+            looking.add(seconds, workers * (end_s - start_s))
+
+    def _packed(self, schedule: Schedule, filter: Array) -> Array:
+        packed = np.empty(schedule.packed_values, self.problem.compute_dtype)
+        if packed.size:
+            with np.errstate(all="ignore"):
+                schedule.pack(filter, packed)
+        return packed
+
+
+def _finite(array: Array) -> bool:
+    """Whether all values are finite, as far as their sum shows it: False also where that overflows."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.add.reduce(array, axis=None)))
 
 
 def _by(numbers: Any) -> str:
@@ -210,9 +259,17 @@ def _by(numbers: Any) -> str:
 @lru_cache(maxsize=64)
 def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) -> Plan:
     """Return the plan for a problem; `algorithm` is 'auto' or the name of a lowering."""
-    chosen = "col2im" if algorithm == "auto" else algorithm
-    schedule = None if problem.empty else LOWERINGS[chosen](problem, machine)
-    return Plan(problem, machine, chosen, algorithm, workers, schedule)
+    if problem.empty:
+        return Plan(problem, machine, "col2im" if algorithm == "auto" else algorithm, algorithm, workers, None)
+    found = {}
+    for name in LOWERINGS if algorithm == "auto" else (algorithm,):
+        try:
+            found[name] = LOWERINGS[name](problem, machine)
+        except CannotLowerError:
+            if algorithm != "auto":
+                raise
+    chosen = min(found, key=lambda name: total_s(found[name], machine))
+    return Plan(problem, machine, chosen, algorithm, workers, found[chosen])
 
 
 def clear_cache() -> None:
@@ -246,4 +303,6 @@ def _acquire(number: int, size: int, dtype: np.dtype[Any]) -> list[Workspace]:
 def _release(workspaces: list[Workspace]) -> None:
     """Keep workspaces for later calls of their dtype, at most one for each usable core."""
     dtype = workspaces[0].gemm.dtype
+    for workspace in workspaces:
+        workspace.release()
     _idle.setdefault(dtype, deque(maxlen=usable_cores())).extend(workspaces)

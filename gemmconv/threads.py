@@ -325,13 +325,15 @@ class _Call:
         self.workers = min(workers, _pool.fit(workers))
         self.cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.limited, self.tolerant = limited, tolerant
-        self.started = self.held = self.refused = False
+        self.started = self.held = self.refused = self.opened = False
         self.closed = False  # no index is handed out any more
         self.ended = self.finished = False  # the last worker is about to leave; it has left
         self.active = 0  # threads inside of serve()
         self.problems: list[str] = []
         self.error: BaseException | None = None
         self.lock = _thread.allocate_lock()  # of the pool threads
+        self.ready = _thread.allocate_lock()  # held until the first slot has set the limit, or has given up
+        self.ready.acquire()
         self.done = _thread.allocate_lock()  # what the caller waits on; an Event can stay locked when interrupted
         self.done.acquire()
 
@@ -356,6 +358,8 @@ class _Call:
         except BaseException as error:  # run() raises it
             self.closed = True
             self.error = self.error or error
+        if slot == 0:
+            self._open()
         if again:
             _pool.submit(self, slot)
         with self.lock:
@@ -372,6 +376,11 @@ class _Call:
                 self.done.release()
 
     def _ready(self, slot: int) -> bool:
+        if slot > 0:
+            with self.ready:
+                pass
+            if self.closed or not self.started:
+                return False
         if slot > 0 or self.started:
             problems = _limit.enter(begins=False) if self.limited and not self.tolerant else []
             self.problems = self.problems or problems
@@ -383,9 +392,14 @@ class _Call:
             if self.problems and not self.tolerant:
                 self.refused = self.closed = True
                 return False
-        for helper in range(1, self.workers):
-            _pool.submit(self, helper)
+        self._open()
         return True
+
+    def _open(self) -> None:
+        """Let the other slots begin; called by whoever works in the first one."""
+        if not self.opened:
+            self.opened = True
+            self.ready.release()
 
     def _work(self, slot: int) -> bool:
         task, waiting, end_s = self.task, _pool.tokens.qsize, time.perf_counter() + SLICE_S
@@ -470,7 +484,8 @@ class _Pool:
 def _drive(call: _Call) -> _Call:
     """Have the call done; the calling thread may be interrupted anywhere in here."""
     try:
-        _pool.submit(call, 0)
+        for slot in range(call.workers):  # all at once, since waking a thread takes longer than setting the limit
+            _pool.submit(call, slot)
         while not call.finished:
             call.done.acquire()
     except BaseException:

@@ -7,19 +7,21 @@ writes, and a method that runs one of them in a given workspace. It parses no ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from gemmconv.blas import Gemm, largest_integer
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
+from gemmconv.profile import Clock
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Range = tuple[int, int]
 Index = tuple[Any, ...]
+T = TypeVar("T")
 
 _ALIGNMENT = 64
 
@@ -30,18 +32,33 @@ def aligned(size: int) -> int:
 
 
 class Workspace:
-    """Memory of one worker for one call, handed out from the start for each block, and its GEMM."""
+    """Memory of one worker for one call, handed out from the start for each block, its GEMM, and its clock if any."""
 
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
         raw = np.empty(size + _ALIGNMENT, np.uint8)
         self._memory = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
         self._used = 0
+        self._kept: tuple[Operands, Any, int] | None = None
         self.size = size
         self.gemm = Gemm(dtype)
+        self.clock: Clock | None = None
 
     def reset(self) -> None:
         """Forget what was taken; whatever holds it must not be used any more."""
         self._used = 0
+
+    def once(self, operands: Operands, make: Callable[[], T]) -> T:
+        """Return what `make` makes of an empty workspace, with what that took: made for the first block of a call."""
+        if self._kept is None or self._kept[0] is not operands:
+            self.reset()
+            made = make()
+            self._kept = operands, made, self._used
+        _, found, self._used = self._kept
+        return found  # type: ignore[no-any-return]
+
+    def release(self) -> None:
+        """Forget the operands of the last call, which would stay alive."""
+        self._kept = self.clock = None
 
     def take(self, *shape: int) -> Array:
         """Return an uninitialised array of the GEMM's dtype, aligned to a cache line."""
@@ -52,11 +69,19 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The arrays of one call: C-contiguous, native, in the problem's dtype and layout; `filter` as TensorFlow's."""
+    """The arrays of one call: C-contiguous, native, in the problem's dtype and layout; `filter` as TensorFlow's.
+
+    `packed` is what a schedule's `pack` made of the filter, in the dtype of the sums, and is empty without one.
+    """
 
     value: Array
     filter: Array
     output: Array
+    packed: Array
+
+
+class CannotLowerError(ValueError):
+    """A lowering cannot do a problem; its text says why and what can."""
 
 
 class Schedule(Protocol):
@@ -71,6 +96,14 @@ class Schedule(Protocol):
         """What one worker needs."""
 
     @property
+    def packed_values(self) -> int:
+        """The size of the packed filter, 0 where the filter is used as it lies."""
+
+    @property
+    def wants_finite_filter(self) -> bool:
+        """Whether zeros are multiplied with the filter, so that Inf and NaN in it would spread."""
+
+    @property
     def largest_product(self) -> int:
         """The largest m*n*k of any GEMM."""
 
@@ -81,8 +114,22 @@ class Schedule(Protocol):
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, to compare schedules."""
 
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Copy a filter into `packed`, of `packed_values` in the dtype of the sums."""
+
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of the output."""
+
+
+class AsItLies:
+    """For schedules that use the filter as it lies, and form just the products that land."""
+
+    __slots__ = ()
+    packed_values = 0
+    wants_finite_filter = False
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Do nothing."""
 
 
 class Box(NamedTuple):
@@ -165,7 +212,7 @@ class Columns:
         self._held: tuple[Box, int] | None = None
         # Asking an array for its address costs about as much as a small addition.
         arrays = (operands.value, operands.filter, self.buffer, self._rows, self._taps)
-        self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = (a.ctypes.data for a in arrays)
+        self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = map(address, arrays)
 
     def locate(self, hull: Box) -> Rows:
         """Return where a hull's rows are, for any number of calls of `form`."""
@@ -221,6 +268,12 @@ class Columns:
         self._held = (hull, start)
 
 
+def address(array: Array) -> int:
+    """Return where an array's memory is; `array.ctypes` takes twice as long."""
+    at: int = array.__array_interface__["data"][0]
+    return at
+
+
 def five(layout: str, array: Array, batch: int, spatial: Sequence[int], channels: int) -> Array:
     """View a contiguous array as [batch, d, h, w, channels], whatever its layout."""
     if layout == "NDHWC":
@@ -243,6 +296,15 @@ def canonical(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
         for axis in sorted(axes, key=long)
     )
     return d, h, w
+
+
+def simplified(problem: Problem) -> Problem:
+    """Return an equal problem on the same memory: taps of a single position that fill the output are channels of it."""
+    single = all(a.coarse == 1 and a.fine == a.kernel and a.lo == 0 and a.dilation == 1 for a in problem.axes)
+    if not single or problem.layout != "NDHWC":
+        return problem
+    point = Axis(1, 1, 1)
+    return replace(problem, cout=math.prod(problem.kernel) * problem.cout, axes=(point, point, point))
 
 
 class Cut(Sequence[Range]):

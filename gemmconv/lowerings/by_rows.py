@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from gemmconv.lowerings.base import (
+    AsItLies,
     Box,
     Columns,
     Cut,
@@ -28,10 +29,11 @@ from gemmconv.lowerings.base import (
     canonical,
     five,
     must_widen,
+    simplified,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
-from gemmconv.lowerings.phases import Slots, slots
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
+from gemmconv.lowerings.phases import Slots, places, slots
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -84,7 +86,7 @@ class Program(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ByRows:
+class ByRows(AsItLies):
     """A schedule; see the module."""
 
     problem: Problem
@@ -144,7 +146,7 @@ class ByRows:
         scattered = scattered or (self.axes[2].stride > 1 and not self.channels_last)
         stores = self.count * max(1, math.prod(len(slots.offsets) for slots in self.slots))
         values = math.prod(problem.output_shape) / stores
-        return total + stores * pass_s(values, run, spilled=spilled, strided=scattered)
+        return total + stores * copy_s(values, run, spilled=True, strided=scattered)
 
     @property
     def reason(self) -> str:
@@ -173,27 +175,38 @@ class ByRows:
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         if self._run >= SHORT_RUN:
             np.setbufsize(SMALLEST_BUFFER)
-        workspace.reset()
         problem, axes = self.problem, self.axes
-        columns = Columns(problem, axes, operands, workspace, self.rows, self.taps, self.depth, self.widens)
+        columns = workspace.once(
+            operands,
+            lambda: Columns(problem, axes, operands, workspace, self.rows, self.taps, self.depth, self.widens),
+        )
         program = self._program(index)
         if self.channels_last:
             sums = np.moveaxis(workspace.take(*program.shape[1:], program.shape[0]), -1, 0)
         else:
             sums = workspace.take(*program.shape)
         sums[...] = 0
+        clock = workspace.clock
         for gemm in program.products:
             m, n = gemm.m, gemm.n
+            if clock:
+                clock("overhead")
             columns.form(columns.locate(gemm.rows), gemm.pieces, n if self.channels_last else m, not self.channels_last)
+            if clock:
+                clock("gemm")
             column = columns.buffer[: m * n].reshape(gemm.shape).transpose(gemm.order)
             for source, to in gemm.moves:
                 cells = sums[to]
                 np.add(cells, column[source], cells)
+            if clock:
+                clock("col2im")
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
         if self.gaps:
             output[program.region] = 0
         for source, to in program.stores:
             store(output[to], sums[source].transpose(1, 2, 3, 4, 0))
+        if clock:
+            clock("store")
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for small schedules, where making it would take longer than doing it."""
@@ -250,25 +263,6 @@ class ByRows:
         """Return the shape of an accumulator: output channels, batch, then slots and q of each axis."""
         d, h, w = (len(slots.offsets) for slots in self.slots)
         return self.problem.cout, sizes[0], d, sizes[1], h, sizes[2], w, sizes[3]
-
-
-class Place(NamedTuple):
-    """A slot of an axis in a block: which q of it are inside the output, and where they are."""
-
-    slot: int
-    q: slice
-    fine: slice
-
-
-def places(axis: Axis, slots: Slots, q: Range) -> Iterator[Place]:
-    """Yield the slots of an axis in an interval of q."""
-    for slot, offset in enumerate(slots.offsets):
-        start = max(q[0], -(offset // axis.stride))
-        stop = min(q[1], -((offset - axis.fine) // axis.stride))
-        if start < stop:
-            first = start * axis.stride + offset
-            fine = slice(first, first + (stop - start - 1) * axis.stride + 1, axis.stride)
-            yield Place(slot, slice(start - q[0], stop - q[0]), fine)
 
 
 def axis_steps(axis: Axis, span: Range) -> list[Step]:
@@ -364,6 +358,7 @@ def meetings(slots: Slots, taps: Range, rows: Range, q: Range) -> list[tuple[tup
 
 def schedule(problem: Problem, machine: Machine) -> ByRows:
     """Choose the blocks for a problem, by the cost of ever smaller accumulators of whole planes and rows."""
+    problem = simplified(problem)
     axes = canonical(problem.axes)
     of_axes = slots(axes[0]), slots(axes[1]), slots(axes[2])
     depth, height, width = (of_axis.count for of_axis in of_axes)

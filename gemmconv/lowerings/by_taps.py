@@ -17,6 +17,7 @@ import numpy as np
 
 from gemmconv.lowerings.base import (
     Array,
+    AsItLies,
     Box,
     Columns,
     Cut,
@@ -29,9 +30,10 @@ from gemmconv.lowerings.base import (
     canonical,
     five,
     must_widen,
+    simplified,
     store,
 )
-from gemmconv.lowerings.cost import ENOUGH_BLOCKS, MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, gemm_s, pass_s
+from gemmconv.lowerings.cost import ENOUGH_BLOCKS, MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
 from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -60,21 +62,20 @@ class Step(NamedTuple):
 
     rows: Box
     pieces: list[Piece]
-    values: int
+    width: int  # columns
     shape: tuple[int, ...]
-    source: Index  # of the columns
-    phase: int  # of W
-    to: Index  # of that phase
+    moves: list[tuple[Index, int, Index]]  # of the columns, phase of W, of that phase
 
 
 @dataclass(frozen=True, slots=True)
-class ByTaps:
+class ByTaps(AsItLies):
     """A schedule; see the module. `direct` says that columns are stored without an accumulator."""
 
     problem: Problem
     axes: tuple[Axis, Axis, Axis]
     phases: tuple[tuple[Phase, ...], tuple[Phase, ...], tuple[Phase, ...]]
     lanes: int
+    joined: bool  # whether one GEMM takes all taps of W, not those of a tile or a single one
     direct: bool
     gaps: bool
     cuts: tuple[Cut, ...]  # of batch, q in depth, height and width, and output channels
@@ -104,13 +105,18 @@ class ByTaps:
         return self.cuts[4].longest
 
     @property
+    def taps(self) -> int:
+        """Taps of one GEMM."""
+        return self.axes[2].kernel if self.joined else self.lanes
+
+    @property
     def largest_product(self) -> int:
-        return self.rows * self.lanes * self.channels * self.depth
+        return self.rows * self.taps * self.channels * self.depth
 
     @property
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
-        n = self.lanes * self.channels
+        n = self.taps * self.channels
         widened = (self.rows * self.depth, n * self.depth) if self.widens else ()
         return sum(aligned(values * item) for values in (self.rows * n, self._sums, *widened))
 
@@ -122,25 +128,28 @@ class ByTaps:
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core; see cost.py."""
         problem, (d, h, w) = self.problem, self.axes
-        n = self.lanes * self.channels
+        n = self.taps * self.channels
         boxes = math.prod(map(len, self.cuts))
-        pieces = 1 if len(self.cuts[4]) == 1 else self.lanes
-        taps = d.kernel * h.kernel * w.kernel // self.lanes
+        pieces = 1 if len(self.cuts[4]) == 1 else self.taps
+        gemms = boxes * d.kernel * h.kernel * w.kernel // self.taps
         coarse = problem.batch * d.coarse * h.coarse * w.coarse
         rows = min(self.rows, coarse * len(self.cuts[4]) / boxes)
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         scattered = problem.layout == "NCDHW"
-        row = self.cuts[3].longest * n
+        row = self.cuts[3].longest * self.lanes * self.channels
         # A row of the output is contiguous where all its lanes, phases and channels are stored together.
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
-        steps = boxes * taps
-        total = steps * pieces * gemm_s(rows, n / pieces, problem.cin)
+        steps = gemms * self.taps // self.lanes
+        total = gemms * pieces * gemm_s(rows, n / pieces, problem.cin)
         if self.direct:
-            return total + steps * pass_s(rows * n, stored, strided=scattered, spilled=spilled)
-        total += steps * pass_s(rows * n, row, spilled=spilled)
+            if scattered:
+                return total + steps * copy_s(rows * self.lanes * self.channels, stored, spilled=True, strided=True)
+            return total + steps * pass_s(rows * self.lanes * self.channels, stored, spilled=True)
+        run = self.channels if self.joined else row
+        total += steps * pass_s(rows * self.lanes * self.channels, run, spilled=spilled)
         stores = max(1, boxes * math.prod(map(len, self.phases)))
         values = math.prod(problem.output_shape) / stores
-        return total + stores * (pass_s(values, stored, strided=scattered) + pass_s(values, row, spilled=spilled))
+        return total + stores * (copy_s(values, stored, strided=scattered, spilled=True) + copy_s(values, row))
 
     @property
     def reason(self) -> str:
@@ -148,12 +157,12 @@ class ByTaps:
         fold = "columns stored as rows, nothing overlaps" if self.direct else "columns added tap by tap"
         packed = ", widened block by block" if self.widens else ""
         together = f"; {len(self.groups[0])} phases a block" if len(self.groups[0]) > 1 else ""
-        return f"a GEMM for each tap, up to {self.rows} rows{channels}; {fold}{packed}{together}"
+        taps = f"{self.axes[2].kernel} taps" if self.joined else "tap"
+        return f"a GEMM for each {taps}, up to {self.rows} rows{channels}; {fold}{packed}{together}"
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        if self.axes[2].coarse * self.lanes * self.channels >= SHORT_RUN:
+        if (self.channels if self.joined else self.axes[2].coarse * self.lanes * self.channels) >= SHORT_RUN:
             np.setbufsize(SMALLEST_BUFFER)
-        workspace.reset()
         block = self.block(index)
         problem, axes = self.problem, self.axes
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
@@ -162,8 +171,13 @@ class ByTaps:
             before = (0, 0, self.phases[2][0].offset if self.lanes > 1 else 0)
             spans = zip(axes, block[1:4], before, strict=True)
             output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = 0
-        n = self.lanes * (block.channels[1] - block.channels[0])
-        columns = Columns(problem, axes, operands, workspace, self.rows, n, self.depth, self.widens)
+        clock = workspace.clock
+        columns = workspace.once(
+            operands,
+            lambda: Columns(
+                problem, axes, operands, workspace, self.rows, self.taps * self.channels, self.depth, self.widens
+            ),
+        )
         sums = None if self.direct else workspace.take(*self._sums_shape(block))
         for (d, h), steps in zip(block.pairs, self._program(index), strict=True):
             depth, height = self.phases[0][d], self.phases[1][h]
@@ -173,13 +187,22 @@ class ByTaps:
                 targets = list(sums)
                 sums[...] = 0
             for step in steps:
-                columns.form(columns.locate(step.rows), step.pieces, n, False)
-                column = columns.buffer[: step.values].reshape(step.shape)[step.source]
-                cells = targets[step.phase][step.to]
-                # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
-                np.add(column, 0 if self.direct else cells, cells)
+                if clock:
+                    clock("overhead")
+                columns.form(columns.locate(step.rows), step.pieces, step.width, False)
+                if clock:
+                    clock("gemm")
+                column = columns.buffer[: math.prod(step.shape)].reshape(step.shape)
+                for source, phase, to in step.moves:
+                    cells = targets[phase][to]
+                    # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
+                    np.add(column[source], 0 if self.direct else cells, cells)
+                if clock:
+                    clock("store" if self.direct else "col2im")
             if sums is not None:
                 self._store(output, block, depth, height, sums)
+                if clock:
+                    clock("store")
 
     def _program(self, index: int) -> list[list[Step]]:
         """Return the steps of a block for each of its pairs of phases, kept for schedules of few steps."""
@@ -196,23 +219,33 @@ class ByTaps:
         d, h, w = self.axes
         sizes = (self.problem.batch, d.coarse, h.coarse, w.coarse)
         channels, cout = block.channels[1] - block.channels[0], self.problem.cout
-        n = self.lanes * channels
-        # As it lies, the filter's rows of several lanes follow each other only with all their output channels.
-        lines = 1 if channels == cout else self.lanes
         cut = len(self.cuts[3]) > 1  # then blocks are pieces of single rows
         along_w = [(i, *tap) for i, phase in enumerate(self.phases[2]) for tap in self._along(2, phase, block.width)]
         along_h = self._along(1, height, block.height)
+        # Joined, every tap meets the rows of all of them: what does not land must fall outside of the output.
+        groups = [along_w] if self.joined and along_w and not cut else [[one] for one in along_w]
         every = slice(None)
         for tap_d, at_d, to_d in self._along(0, depth, block.depth):
             for tap_h, at_h, to_h in along_h:
                 first = (tap_d * h.kernel + tap_h) * w.kernel * cout + block.channels[0]
-                for i, tap_w, at_w, to_w in along_w:
+                for group in groups:
+                    # From the first to the last tap that lands in the block.
+                    start = min(tap for _, tap, _, _ in group)
+                    taps = max(tap for _, tap, _, _ in group) + self.lanes - start
+                    at_w = min(at[0] for _, _, at, _ in group), max(at[1] for _, _, at, _ in group)
                     box = Box(block.batch, at_d, at_h, at_w)
                     hull = (box if cut else box._replace(width=(0, w.coarse))).hull(sizes)
-                    at = first + tap_w * cout
-                    found = [Piece(at + j * cout, n // lines, j * channels) for j in range(lines)]
-                    shape = (*hull.sizes, self.lanes, channels)
-                    yield Step(hull, found, math.prod(shape), shape, box.within(hull), i, (every, to_d, to_h, to_w))
+                    # As it lies, the filter's rows of several taps follow each other with all their channels only.
+                    each = taps if channels == cout else 1
+                    found = [
+                        Piece(first + (start + j) * cout, channels * each, j * channels) for j in range(0, taps, each)
+                    ]
+                    shape = (*hull.sizes, taps // self.lanes, self.lanes, channels)
+                    moves = []
+                    for i, tap, at, to_w in group:
+                        inside = box._replace(width=at).within(hull)
+                        moves.append(((*inside, (tap - start) // self.lanes), i, (every, to_d, to_h, to_w)))
+                    yield Step(hull, found, taps * channels, shape, moves)
 
     def _along(self, axis: int, phase: Phase, q: Range) -> list[tuple[int, Range, slice]]:
         """Return for each tap of a phase that lands in an interval of q: the tap, which rows, and to where."""
@@ -265,6 +298,7 @@ class ByTaps:
 
 def schedule(problem: Problem, machine: Machine) -> ByTaps:
     """Choose the blocks for a problem, by the cost of every cut of rows and of output channels."""
+    problem = simplified(problem)
     axes = canonical(problem.axes)
     d, h, w = axes
     tiled = tileable(w)
@@ -280,7 +314,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     pairs = [(i, j) for i in range(len(found[0])) for j in range(len(found[1]))]
     pairs.sort(key=lambda pair: -len(found[0][pair[0]].taps) * len(found[1][pair[1]].taps))
 
-    def candidate(rows: int, channels: int) -> ByTaps:
+    def candidate(rows: int, channels: int, joined: bool) -> ByTaps:
         batch = 1 if problem.layout == "NCDHW" else max(1, rows // math.prod(counts))
         chunks = (max(1, rows // (counts[1] * counts[2])), max(1, rows // counts[2]), rows)
         cuts = [
@@ -294,17 +328,18 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
         depth = problem.cin
         if widens:
             share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
-            depth = min(depth, max(1, share // max(most, lanes * channels)))
+            depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
         cut = (*cuts, Cut(problem.cout, channels))
-        return ByTaps(problem, axes, found, lanes, direct, unreached, cut, tuple(groups), most, widens, depth)
+        return ByTaps(problem, axes, found, lanes, joined, direct, unreached, cut, tuple(groups), most, widens, depth)
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
     channels = [Cut(problem.cout, -(-problem.cout // parts)).longest for parts in _PARTS]
     # BLAS' kernels want whole vectors of columns.
     channels = sorted({c for c in channels if c % _FEW_CHANNELS == 0} | {channels[0]})
-    found_schedules = [candidate(r, c) for r in rows for c in channels]
-    return best(found_schedules, machine)
+    # Filter rows of all taps of W follow each other where output channels are not cut.
+    wide = [(channels[-1], True)] if not tiled and w.kernel > 1 else []
+    return best([candidate(r, *c) for r in rows for c in (*((c, False) for c in channels), *wide)], machine)
 
 
 def largest_hull(chunk: Sequence[int], whole: tuple[int, int, int, int]) -> int:

@@ -12,18 +12,21 @@ from gemmconv.blas import serial_products
 from gemmconv.machine import Machine
 
 # GEMM: the rate of large products, and the sizes of m, n and k at which half of it is reached.
-GEMM_FLOPS_PER_S = 100e9
-_HALF_M, _HALF_N, _HALF_K = 40, 9, 8
+GEMM_FLOPS_PER_S = 200e9
+_HALF_M, _HALF_N, _HALF_K = 31, 11, 9
 # A value of a matrix that is read once, from memory.
-_STREAMED_VALUE_S = 0.4e-9
+_STREAMED_VALUE_S = 0.25e-9
 # A step in Python: one GEMM call, or one addition with the slices it needs.
-_STEP_S = 3e-6
-# A value added or copied, and what each inner loop of NumPy costs beside its values: in cache; through the ufunc
-# buffer, which joins short loops; to or from memory; where neither side is contiguous.
-_VALUE_S, _RUN_S = 0.22e-9, 40e-9
-_BUFFERED_VALUE_S, _BUFFERED_RUN_S = 0.8e-9, 6e-9
+STEP_S = 3e-6
+# A value added, and what each inner loop of NumPy costs beside its values: in cache, and through the ufunc buffer,
+# which joins short loops.
+_VALUE_S, _RUN_S = 0.085e-9, 26e-9
+_BUFFERED_VALUE_S, _BUFFERED_RUN_S = 0.35e-9, 5e-9
+# A value copied, and each inner loop of copies.
+_COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
+# What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
 _SPILLED_VALUE_S = 0.15e-9
-_STRIDED_VALUE_S = 1.2e-9
+_STRIDED_VALUE_S = 0.6e-9
 # NumPy copies loops shorter than its ufunc buffer through it, in blocks of the buffer's size, and that costs more than
 # the addition, unless loops are very short: lowerings set the smallest buffer that NumPy takes for all others.
 SHORT_RUN = 64
@@ -31,8 +34,10 @@ SMALLEST_BUFFER = 16
 # What blocks do is worked out once and kept by a schedule of at most this many steps, about 1 KiB each: for small
 # problems working it out takes longer than doing it.
 MOST_STEPS_KEPT = 4096
-# The last block of a call leaves other workers idle: half a block's time, as a rule.
-_IDLE_BLOCKS = 0.5
+# A block in Python, beside its steps.
+_BLOCK_S = 15e-6
+# Blocks that cannot be divided evenly leave workers idle: how many workers machines have, and how often, as a guess.
+_WORKERS = ((1, 0.4), (2, 0.4), (4, 0.2))
 # Blocks are made of single phases of depth and height while there are fewer boxes than this.
 ENOUGH_BLOCKS = 16
 # The most workspace of a worker, in L2 caches.
@@ -54,22 +59,27 @@ class Costed(Protocol):
 S = TypeVar("S", bound=Costed)
 
 
-def gemm_s(m: float, n: float, k: float) -> float:
-    """Return the time of one GEMM call."""
+def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
+    """Return the time of one GEMM call; `spilled` says that it adds to sums that are not in cache."""
     if m == 1 and n * k > serial_products():  # as gemv
-        return _STEP_S + n * k * _STREAMED_VALUE_S
-    return _STEP_S + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / GEMM_FLOPS_PER_S
+        return STEP_S + n * k * _STREAMED_VALUE_S
+    added = 2 * m * n * _SPILLED_VALUE_S if spilled else 0.0
+    return STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / GEMM_FLOPS_PER_S
 
 
-def pass_s(values: float, run: float, *, spilled: bool = False, strided: bool = False) -> float:
-    """Return the time to add or copy values in inner loops of `run` values."""
-    if strided:
-        each = _STRIDED_VALUE_S
-    elif run < SHORT_RUN:
+def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
+    """Return the time to add values in inner loops of `run` values."""
+    if run < SHORT_RUN:
         each = _BUFFERED_VALUE_S + _BUFFERED_RUN_S / max(1, run)
     else:
         each = _VALUE_S + _RUN_S / run
-    return _STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
+    return STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
+
+
+def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:
+    """Return the time to copy values in `steps` copies with inner loops of `run` values."""
+    each = _STRIDED_VALUE_S if strided else _COPIED_VALUE_S + _COPIED_RUN_S / max(1, run)
+    return steps * STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
 
 
 def best(schedules: Sequence[S], machine: Machine) -> S:
@@ -77,6 +87,18 @@ def best(schedules: Sequence[S], machine: Machine) -> S:
 
     Only those whose workspace is within `_MOST_WORKSPACE` of the L2 cache are considered, where there are any.
     """
-    limit = max(_MOST_WORKSPACE * machine.l2_bytes, min(s.workspace_bytes for s in schedules))
+    limit = max(most_workspace_bytes(machine), min(s.workspace_bytes for s in schedules))
     possible = [s for s in schedules if s.workspace_bytes <= limit]
-    return min(possible, key=lambda s: s.time_s(machine) * (1 + _IDLE_BLOCKS / s.count))
+    return min(possible, key=lambda s: total_s(s, machine))
+
+
+def most_workspace_bytes(machine: Machine) -> int:
+    """Return how much workspace of a worker is too much."""
+    return _MOST_WORKSPACE * machine.l2_bytes
+
+
+def total_s(schedule: Costed, machine: Machine) -> float:
+    """Return the time on one core of a schedule, with what is lost where workers wait for the last blocks."""
+    blocks = schedule.count
+    idle = sum(share * -(-blocks // workers) * workers for workers, share in _WORKERS) / blocks
+    return (schedule.time_s(machine) + blocks * _BLOCK_S) * idle

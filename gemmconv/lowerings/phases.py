@@ -7,8 +7,9 @@ side by side, so a whole axis is one phase of tiles: `stride` neighbouring fine 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemmconv.lowerings.base import Range
 from gemmconv.problem import Axis
@@ -81,6 +82,26 @@ class Slots:
     count: int
     moves: tuple[Move, ...]
 
+    @property
+    def shifts(self) -> Range:
+        """The smallest and the largest shift."""
+        found = [move.shift for move in self.moves]
+        return min(found, default=0), max(found, default=0)
+
+    @property
+    def reach(self) -> int:
+        """How many more coarse positions than q an interval of q needs."""
+        return self.shifts[1] - self.shifts[0]
+
+    def within(self, slots: Range) -> list[Move]:
+        """Return the moves into some of the slots."""
+        found = []
+        for move in self.moves:
+            first, last = max(move.slot, slots[0]), min(move.slot + move.many, slots[1])
+            if first < last:
+                found.append(Move(move.tap + first - move.slot, last - first, first, move.shift))
+        return found
+
     def span(self, axis: Axis, q: Range) -> Range:
         """Return the fine positions that an interval of q covers, gaps included."""
         first = min(self.offsets[0], 0) if self.offsets else 0
@@ -103,3 +124,22 @@ def slots(axis: Axis) -> Slots:
         else:
             joined.append(Move(tap, 1, slot, shift))
     return Slots(tuple(phase.offset for phase in found), -(-axis.fine // axis.stride), tuple(joined))
+
+
+class Place(NamedTuple):
+    """A slot of an axis in a block: which q of it are inside the output, and where they are."""
+
+    slot: int
+    q: slice
+    fine: slice
+
+
+def places(axis: Axis, slots: Slots, q: Range) -> Iterator[Place]:
+    """Yield the slots of an axis in an interval of q."""
+    for slot, offset in enumerate(slots.offsets):
+        start = max(q[0], -(offset // axis.stride))
+        stop = min(q[1], -((offset - axis.fine) // axis.stride))
+        if start < stop:
+            first = start * axis.stride + offset
+            fine = slice(first, first + (stop - start - 1) * axis.stride + 1, axis.stride)
+            yield Place(slot, slice(start - q[0], stop - q[0]), fine)

@@ -1,0 +1,439 @@
+"""kn2row: GEMM with beta = 1 straight into accumulators, where every tap is a shift of rows; nothing is folded.
+
+A block is a box of q of the phases (phases.py) and some output channels. Its rows of the value are copied once into a
+grid with zeros around it, so that the shift of any tap is another start in that grid. For each move, the taps that
+shift alike, a GEMM adds the products of the shifted rows to the accumulators of the slots those taps reach; slots that
+lie side by side make it wider. The accumulators are then stored. A dilation costs nothing. The zeros around the grid
+do, so this is for rows that are long beside the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    Array,
+    CannotLowerError,
+    Cut,
+    Index,
+    Operands,
+    Range,
+    Workspace,
+    address,
+    aligned,
+    canonical,
+    five,
+    must_widen,
+    simplified,
+    store,
+)
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes
+from gemmconv.lowerings.phases import Place, Slots, places, slots
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# Positions of a block and cuts of the output channels that are weighed; channels are not cut below _WIDE.
+_POSITIONS = (32, 64, 128, 256, 512, 1024, 2048)
+_PARTS = (1, 2, 4, 8, 16, 32, 64)
+_WIDE = 64
+# Slots of height and depth are joined in one GEMM up to this many columns: beyond it GEMM hardly gains, and the
+# filter would be copied for nothing.
+_ENOUGH_COLUMNS = 256
+_L2_SHARE = 0.75
+
+
+class Block(NamedTuple):
+    """A box of the output: batch entry, q in depth, height and width, slots of depth, output channels."""
+
+    batch: int
+    depth: Range
+    height: Range
+    width: Range
+    group: int  # of slots of depth
+    channels: Range
+
+
+class Panel(NamedTuple):
+    """The taps of one GEMM: `many` consecutive ones on each axis, and the first slot each of them reaches."""
+
+    tap: tuple[int, int, int]
+    many: tuple[int, int, int]
+    slot: tuple[int, int, int]
+    shift: tuple[int, int, int]
+    first: int  # taps of panels before this one, where the filter is packed
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.many)
+
+
+class Sizes(NamedTuple):
+    """A block's grid, its rows with those that shifts run over its end, and of its sums the rows of a plane and all."""
+
+    grid: tuple[int, int, int]
+    grid_rows: int
+    pitch: int  # lines of a plane of the sums
+    rows: int
+
+
+class Program(NamedTuple):
+    """What a block does, in rows of its grid and indices of its arrays."""
+
+    sizes: Sizes
+    in_place: int | None  # where its grid is in the value, if it is a run of rows as they lie
+    inside: tuple[slice, ...]  # of the grid, for `rows` of the value
+    rows: tuple[slice, ...]
+    products: list[tuple[int, int, int, int]]  # panel, first row of the grid, first row of the sums, rows
+    region: Index  # of the output
+    stores: list[tuple[Index, Index, int]]  # of the sums, of the output, slots of width that are stored together
+
+
+@dataclass(frozen=True, slots=True)
+class Kn2Row:
+    """A schedule; see the module."""
+
+    problem: Problem
+    axes: tuple[Axis, Axis, Axis]
+    slots: tuple[Slots, Slots, Slots]
+    gaps: bool
+    cuts: tuple[Cut, Cut, Cut]  # of q in depth, height and width
+    groups: tuple[Range, ...]  # of slots of depth, that blocks do together
+    panels: tuple[tuple[Panel, ...], ...]  # of each group
+    channels: Cut
+    packs: bool  # whether the filter is copied, panel by panel, or used as it lies
+    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def count(self) -> int:
+        return self.problem.batch * math.prod(map(len, self.cuts)) * len(self.groups) * len(self.channels)
+
+    def block(self, index: int) -> Block:
+        """Return a block; those of the same rows follow each other."""
+        index, channels = divmod(index, len(self.channels))
+        index, group = divmod(index, len(self.groups))
+        spans = []
+        for cut in reversed(self.cuts):
+            index, i = divmod(index, len(cut))
+            spans.append(cut[i])
+        width, height, depth = spans
+        return Block(index, depth, height, width, group, self.channels[channels])
+
+    @property
+    def largest_product(self) -> int:
+        taps = max((panel.taps for panel in self._all_panels), default=0)
+        return self._largest.rows * taps * self.channels.longest * self.problem.cin
+
+    @property
+    def workspace_bytes(self) -> int:
+        item, most = self.problem.compute_dtype.itemsize, self._largest
+        return aligned(most.grid_rows * self.problem.cin * item) + aligned(most.rows * self._columns * item)
+
+    @property
+    def packed_values(self) -> int:
+        return sum(panel.taps for panel in self._all_panels) * self.problem.cout * self.problem.cin * self.packs
+
+    wants_finite_filter = True
+
+    @property
+    def _all_panels(self) -> tuple[Panel, ...]:
+        return tuple(panel for group in self.panels for panel in group)
+
+    @property
+    def _columns(self) -> int:
+        """The most columns of the sums of a block."""
+        slots = max(stop - start for start, stop in self.groups) * len(self.slots[1].offsets)
+        return slots * len(self.slots[2].offsets) * self.channels.longest
+
+    @property
+    def _largest(self) -> Sizes:
+        return self._sizes([cut.longest for cut in self.cuts])
+
+    def _sizes(self, q: Sequence[int]) -> Sizes:
+        """Return the sizes of a block's grid and sums; a single plane needs no rows of height beside its own."""
+        depth, height, width = (size + of_axis.reach for size, of_axis in zip(q, self.slots, strict=True))
+        pitch = height if q[0] > 1 else q[1]
+        return Sizes((depth, height, width), depth * height * width + self.slots[2].reach, pitch, q[0] * pitch * width)
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
+        problem, axes = self.problem, self.axes
+        q = [cut.size / len(cut) for cut in self.cuts]
+        boxes = problem.batch * math.prod(map(len, self.cuts)) * len(self.channels)
+        h, w = q[1] + self.slots[1].reach * (q[0] > 1), q[2] + self.slots[2].reach
+        # Rows whose shift leaves the value are left out along depth, and along height in single planes.
+        landing = min(1, axes[0].coarse / self.slots[0].count)
+        landing *= min(1, axes[1].coarse / self.slots[1].count) if q[0] == 1 else 1
+        rows = q[0] * h * w
+        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
+        channels = problem.cout / len(self.channels)
+        total = boxes * sum(
+            gemm_s(rows * landing, panel.taps * channels, problem.cin, spilled=spilled) for panel in self._all_panels
+        )
+        total += boxes * len(self.groups) * copy_s(rows * self._columns, rows)
+        if any(of_axis.reach for of_axis in self.slots):
+            grid = math.prod(size + of_axis.reach for size, of_axis in zip(q, self.slots, strict=True))
+            total += boxes * len(self.groups) * copy_s(2 * grid * problem.cin, w * problem.cin)
+        stores = self.count * max(1, self._columns // self.channels.longest // max(1, len(self._lanes)))
+        values = math.prod(problem.output_shape) / stores
+        run = channels * max((stop - start for start, stop in self._lanes), default=1)
+        total += stores * copy_s(values, run, spilled=True, strided=problem.layout == "NCDHW" and axes[2].stride > 1)
+        packed = self.packed_values
+        return total + copy_s(packed, problem.cin * problem.cout, steps=math.prod(problem.kernel) if packed else 0)
+
+    @property
+    def reason(self) -> str:
+        taps = max((panel.taps for panel in self._all_panels), default=0)
+        packed = ", filter packed" if self.packs else ""
+        return f"GEMMs of up to {taps} taps and {self._largest.rows} rows added straight to the sums of phases{packed}"
+
+    @property
+    def _lanes(self) -> list[Range]:
+        """Ranges of slots of width that lie side by side in the output."""
+        w = self.slots[2]
+        if len(w.offsets) == self.axes[2].stride:
+            return [(0, len(w.offsets))]
+        return [(i, i + 1) for i in range(len(w.offsets))]
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Copy the filter into the order in which GEMMs take it: channels of a block, panels, taps."""
+        problem = self.problem
+        taps = filter.reshape(*(axis.kernel for axis in self.axes), problem.cout, problem.cin)
+        total = packed.size // (problem.cout * problem.cin)
+        for start, stop in self.channels:
+            part = packed[start * total * problem.cin : stop * total * problem.cin].reshape(total, -1, problem.cin)
+            for panel in self._all_panels:
+                box = (slice(tap, tap + many) for tap, many in zip(panel.tap, panel.many, strict=True))
+                to = part[panel.first : panel.first + panel.taps]
+                np.copyto(to.reshape(*panel.many, *to.shape[1:]), taps[(*box, slice(start, stop))], casting="unsafe")
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        np.setbufsize(SMALLEST_BUFFER)
+        workspace.reset()
+        problem, gemm, cin = self.problem, workspace.gemm, self.problem.cin
+        block, program = self.block(index), self._program(index)
+        channels = block.channels[1] - block.channels[0]
+        sizes, group = program.sizes, self.groups[block.group]
+        lanes = (group[1] - group[0], len(self.slots[1].offsets), len(self.slots[2].offsets))
+        columns = math.prod(lanes) * channels
+        clock = workspace.clock
+        sums = workspace.take(sizes.rows * columns)
+        sums[...] = 0  # so that a sum of -0.0 becomes +0.0
+        first = problem.layout == "NCDHW"
+        if program.in_place is None:
+            grid, ld = workspace.take(sizes.grid_rows * cin), sizes.grid_rows
+            self._fill(grid, program, operands.value)
+            source = address(grid)
+        else:
+            ld = math.prod(axis.coarse for axis in self.axes)
+            source = address(operands.value) + program.in_place * workspace.gemm.itemsize
+        if clock:
+            clock("pack")
+        item = gemm.itemsize
+        to = address(sums)
+        taps = operands.packed if self.packs else operands.filter
+        per_channel = taps.size // (problem.cout * cin) if self.packs else 1
+        taps_at = address(taps) + block.channels[0] * per_channel * cin * item
+        for number, shifted, row, m in program.products:
+            panel = self.panels[block.group][number]
+            n = panel.taps * channels
+            d, h, w = panel.slot
+            column = (((d - group[0]) * lanes[1] + h) * lanes[2] + w) * channels
+            at = taps_at + self._offset(panel, channels) * cin * item
+            if first:
+                gemm(n, m, cin, at, cin, False, source + shifted * item, ld, False,
+                     to + (column * sizes.rows + row) * item, sizes.rows, True)  # fmt: skip
+            else:
+                gemm(m, n, cin, source + shifted * cin * item, cin, False, at, cin, True,
+                     to + (row * columns + column) * item, columns, True)  # fmt: skip
+        if clock:
+            clock("gemm")
+        if problem.dtype.kind == "c":
+            sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
+        shape = (block.depth[1] - block.depth[0], sizes.pitch, sizes.grid[2])
+        if first:
+            by_row = np.moveaxis(sums.reshape(*lanes, channels, *shape), (4, 5, 6), (0, 1, 2))
+        else:
+            by_row = sums.reshape(*shape, *lanes, channels)
+        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
+        output = output[block.batch, ..., slice(*block.channels)]
+        if self.gaps:
+            output[program.region] = 0
+        for where, cells, together in program.stores:
+            target = output[cells]
+            # Splitting an axis in two never copies.
+            store(target.reshape(*target.shape[:2], -1, together, target.shape[3]), by_row[where])
+        if clock:
+            clock("store")
+
+    def _offset(self, panel: Panel, channels: int) -> int:
+        """Return the first row of a panel in the filter."""
+        if self.packs:
+            return panel.first * channels
+        _, h, w = (axis.kernel for axis in self.axes)
+        return ((panel.tap[0] * h + panel.tap[1]) * w + panel.tap[2]) * self.problem.cout
+
+    def _fill(self, grid: Array, program: Program, value: Array) -> None:
+        """Copy a block's rows of the value into its grid, with zeros around them."""
+        cin, used = self.problem.cin, math.prod(program.sizes.grid)
+        # Seen as [row, channel] in either layout.
+        rows = grid.reshape(cin, -1).T if self.problem.layout == "NCDHW" else grid.reshape(-1, cin)
+        rows[used:] = 0
+        box = rows[:used].reshape(*program.sizes.grid, cin)
+        part = box[program.inside]
+        if part.shape != box.shape:
+            box[...] = 0
+        coarse = [axis.coarse for axis in self.axes]
+        source = five(self.problem.layout, value, self.problem.batch, coarse, cin)[program.rows]
+        np.copyto(part, source, casting="unsafe")
+
+    def _program(self, index: int) -> Program:
+        """Return what a block does: made once for schedules of few steps, where making it would take long."""
+        program = self.programs.get(index)
+        if program is None:
+            program = self._made(self.block(index))
+            if (len(program.products) + len(program.stores)) * self.count <= MOST_STEPS_KEPT:
+                self.programs[index] = program
+        return program
+
+    def _made(self, block: Block) -> Program:
+        spans = block[1:4]
+        sizes = self._sizes([stop - start for start, stop in spans])
+        inside: list[slice] = []
+        rows: list[slice] = []
+        for axis, of_axis, (start, stop) in zip(self.axes, self.slots, spans, strict=True):
+            low, high = of_axis.shifts
+            origin = start - high
+            first, last = max(0, origin), min(axis.coarse, stop - low)
+            inside.append(slice(first - origin, max(first, last) - origin))
+            rows.append(slice(first, max(first, last)))
+        region = tuple(
+            slice(*of_axis.span(axis, q)) for axis, of_axis, q in zip(self.axes, self.slots, spans, strict=True)
+        )
+        products = []
+        for number, panel in enumerate(self.panels[block.group]):
+            found = self._product(panel, spans, sizes)
+            if found is not None:
+                products.append((number, *found))
+        in_place = self._in_place(block.batch, rows, sizes)
+        return Program(sizes, in_place, tuple(inside), (block.batch, *rows), products, region, list(self._stores(block)))
+
+    def _in_place(self, batch: int, rows: Sequence[slice], sizes: Sizes) -> int | None:
+        """Return where a block's grid begins in the value, in values, or None if it is not there as it is."""
+        if must_widen(self.problem) or any(of_axis.reach for of_axis in self.slots):
+            return None
+        coarse = [axis.coarse for axis in self.axes]
+        found = [row.stop - row.start for row in rows]
+        whole = [n == size for n, size in zip(found, coarse, strict=True)]
+        if tuple(found) != sizes.grid or not (whole[2] or found[:2] == [1, 1]) or not (whole[1] or found[0] == 1):
+            return None
+        position = (rows[0].start * coarse[1] + rows[1].start) * coarse[2] + rows[2].start
+        space = math.prod(coarse)
+        if self.problem.layout == "NCDHW":
+            return batch * self.problem.cin * space + position
+        return (batch * space + position) * self.problem.cin
+
+    def _product(self, panel: Panel, spans: Sequence[Range], sizes: Sizes) -> tuple[int, int, int] | None:
+        """Return the first row of a panel's product in the grid and in the sums, and how many rows it has, if any."""
+        (_, height, width), pitch = sizes.grid, sizes.pitch
+        lands = []
+        for axis, shift, (start, stop) in zip(self.axes, panel.shift, spans, strict=True):
+            lands.append((max(start, shift) - start, min(stop, axis.coarse + shift) - start))
+        (d0, d1), (h0, h1), (w0, w1) = lands
+        if d0 >= d1 or h0 >= h1 or w0 >= w1:
+            return None
+        if d1 - d0 > 1:  # planes follow each other, with the rows between them
+            h0, h1 = 0, spans[1][1] - spans[1][0]
+        before = [of_axis.shifts[1] - shift for of_axis, shift in zip(self.slots, panel.shift, strict=True)]
+        grid_row = ((d0 + before[0]) * height + h0 + before[1]) * width + before[2]
+        return grid_row, (d0 * pitch + h0) * width, ((d1 - d0 - 1) * pitch + h1 - h0) * width
+
+    def _stores(self, block: Block) -> Iterator[tuple[Index, Index, int]]:
+        """Yield which sums are stored together, where in the output, and how many slots of width they are."""
+        group = self.groups[block.group]
+        along = [list(places(axis, s, q)) for axis, s, q in zip(self.axes, self.slots, block[1:4], strict=True)]
+        for d, h in product(*along[:2]):
+            if group[0] <= d.slot < group[1]:
+                for w, q, fine, together in side_by_side(self.axes[2], self.slots[2], along[2]):
+                    where = (d.q, h.q, q, d.slot - group[0], h.slot, slice(w, w + together))
+                    yield where, (d.fine, h.fine, fine), together
+
+
+def side_by_side(axis: Axis, of_axis: Slots, found: Sequence[Place]) -> Iterator[tuple[int, slice, slice, int]]:
+    """Yield places of width: first slot, q, fine positions, slots; all slots as one where they fill the output."""
+    slots = len(of_axis.offsets)
+    if slots > 1 and slots == axis.stride and len(found) == slots:
+        start, stop = max(place.q.start for place in found), min(place.q.stop for place in found)
+        if start < stop:
+            first = found[0].fine.start + (start - found[0].q.start) * axis.stride
+            yield 0, slice(start, stop), slice(first, first + (stop - start) * axis.stride), slots
+            for place in found:
+                for a, b in ((place.q.start, start), (stop, place.q.stop)):
+                    if a < b:
+                        first = place.fine.start + (a - place.q.start) * axis.stride
+                        fine = slice(first, first + (b - a - 1) * axis.stride + 1, axis.stride)
+                        yield place.slot, slice(a, b), fine, 1
+            return
+    for place in found:
+        yield place.slot, place.q, place.fine, 1
+
+
+def panels(of_axes: Sequence[Slots], group: Range, channels: int, first: int) -> list[Panel]:
+    """Return the GEMMs of a group of slots of depth: moves, joined as long as their columns are neighbours and few."""
+    found: list[Panel] = []
+    depth, height, width = of_axes
+    inner = len(height.offsets), len(width.offsets)
+    for d, h, w in product(depth.within(group), height.moves, width.moves):
+        join_h = w.many == inner[1] and w.many * channels < _ENOUGH_COLUMNS
+        join_d = join_h and h.many == inner[0] and w.many * h.many * channels < _ENOUGH_COLUMNS
+        many = (d.many if join_d else 1, h.many if join_h else 1, w.many)
+        for i, j in product(range(0, d.many, many[0]), range(0, h.many, many[1])):
+            tap, slot = (d.tap + i, h.tap + j, w.tap), (d.slot + i, h.slot + j, w.slot)
+            found.append(Panel(tap, many, slot, (d.shift, h.shift, w.shift), first))
+            first += math.prod(many)
+    return found
+
+
+def schedule(problem: Problem, machine: Machine) -> Kn2Row:
+    """Choose the blocks for a problem, by the cost of every cut of positions, slots of depth and output channels."""
+    problem = simplified(problem)
+    axes = canonical(problem.axes)
+    of_axes = slots(axes[0]), slots(axes[1]), slots(axes[2])
+    counts = [of_axis.count for of_axis in of_axes]
+    unreached = any(len(of_axis.offsets) < min(a.stride, a.fine) for a, of_axis in zip(axes, of_axes, strict=True))
+    deep = len(of_axes[0].offsets)
+    groupings = {((0, deep),), tuple((i, i + 1) for i in range(deep))} if deep > 1 and not unreached else {((0, deep),)}
+
+    def candidate(positions: int, groups: tuple[Range, ...], parts: int) -> Kn2Row:
+        chunks = (positions // (counts[1] * counts[2]), positions // counts[2], positions)
+        d, h, w = (Cut(n, min(n, max(1, chunk))) for n, chunk in zip(counts, chunks, strict=True))
+        channels = Cut(problem.cout, -(-problem.cout // parts))
+        of_groups: list[tuple[Panel, ...]] = []
+        first = 0
+        for group in groups:
+            of_groups.append(tuple(panels(of_axes, group, channels.longest, first)))
+            first += sum(panel.taps for panel in of_groups[-1])
+        every = [panel for of_group in of_groups for panel in of_group]
+        packs = problem.dtype != problem.compute_dtype or any(
+            panel.many[0] * panel.many[1] > 1 or (panel.many[2] > 1 and len(channels) > 1) for panel in every
+        )
+        return Kn2Row(
+            problem, axes, of_axes, unreached, (d, h, w), groups, tuple(of_groups), channels, packs
+        )
+
+    every = math.prod(counts)
+    positions = sorted({min(n, every) for n in _POSITIONS})
+    parts = [n for n in _PARTS if n == 1 or problem.cout >= n * _WIDE]
+    found = best([candidate(n, g, p) for n in positions for g in sorted(groupings) for p in parts], machine)
+    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
+        reach = "x".join(str(of_axis.reach) for of_axis in of_axes)
+        raise CannotLowerError(
+            f"{problem.operation}: algorithm='kn2row' cannot do this problem: taps reach {reach} rows, so that the rows "
+            f"of a block take {found.workspace_bytes} bytes, more than {most}; 'col2im' and 'auto' can"
+        )
+    return found
