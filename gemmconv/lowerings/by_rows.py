@@ -131,7 +131,7 @@ class ByRows(AsItLies):
         run = self._run
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         total = 0.0
-        for d, h, w in product(*(_sample(*parts) for parts in self._by_axis(self.cuts[1:]))):
+        for d, h, w in product(*(sample(*parts) for parts in self._by_axis(self.cuts[1:]))):
             rows = self.cuts[0].longest * d.rows * h.rows * w.rows
             calls = max(1.0, rows / self.rows)
             taps = d.taps * h.taps * w.taps
@@ -285,18 +285,18 @@ def axis_steps(axis: Axis, span: Range) -> list[Step]:
     return found
 
 
-class _Sampled(NamedTuple):
+class Sampled(NamedTuple):
     rows: int
     taps: int
     share: float  # how many steps of an axis it stands for
 
 
-def _sample(axis: Axis, slots: Slots, cut: Cut) -> list[_Sampled]:
+def sample(axis: Axis, slots: Slots, cut: Cut) -> list[Sampled]:
     """Return the steps of a few neighbouring intervals, as many as phases, in the middle of an axis."""
     few = min(len(cut), axis.stride)
     start = (len(cut) - few) // 2
     found = [step for i in range(start, start + few) for step in axis_steps(axis, slots.span(axis, cut[i]))]
-    return [_Sampled(s.rows[1] - s.rows[0], s.taps[1] - s.taps[0], len(cut) / few) for s in found]
+    return [Sampled(s.rows[1] - s.rows[0], s.taps[1] - s.taps[0], len(cut) / few) for s in found]
 
 
 def groups(taps: tuple[Range, Range, Range], most: int) -> Iterator[tuple[Range, Range, Range]]:

@@ -108,9 +108,9 @@ class Slots:
         return max(0, q[0] * axis.stride + first), min(axis.fine, q[1] * axis.stride + first)
 
 
-def slots(axis: Axis) -> Slots:
-    """Return an axis as slots: the lanes of its tiles where it has them, otherwise its phases."""
-    if tileable(axis):
+def slots(axis: Axis, *, tiled: bool = True) -> Slots:
+    """Return an axis as slots: the lanes of its tiles where it has them and they are wanted, otherwise its phases."""
+    if tiled and tileable(axis):
         (tile,) = tiles(axis)
         moves = tuple(Move(tap, axis.stride, 0, shift) for tap, shift in tile.taps)
         return Slots(tuple(tile.offset + lane for lane in range(axis.stride)), tile.count, moves)
