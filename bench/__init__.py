@@ -1,1 +1,1 @@
-"""Measurements of gemmconv, run from a checkout as `python -m bench`; not part of the installed package."""
+"""The benchmark, run from a checkout as `python -m bench`; not installed with the package. See docs/benchmarks.md."""

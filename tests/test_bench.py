@@ -1,7 +1,9 @@
-"""Every measurement of bench/ at toy size, so that none can rot, and the obvious version against the oracle."""
+"""Every command of `python -m bench` at toy size, good and bad contenders, and the exit statuses."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,88 +13,311 @@ import oracle
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+HERE = f"{ROOT / 'tests' / 'bench_contenders.py'}:"
+QUICK = ("--quick", "--rounds", "3", "--workers", "1")
 
-from bench.layers import Layer, layers, obvious  # noqa: E402
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="The bench stops processes, which Windows cannot.")
 
 
-def bench(*arguments, **environ):
-    """Run `python -m bench` and return what it prints."""
+def bench(*arguments, status=0, cwd=ROOT, **environ):
+    """Run `python -m bench` and return what it prints, on both streams; its exit status is checked."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environ},
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
-def test_layers_are_those_of_the_file():
-    """Twenty of them, each a problem that can be planned."""
-    found = layers()
-    assert len(found) == len({layer.name for layer in found}) == 20
-    by_name = {layer.name: layer.plan() for layer in found}
-    assert by_name["gan3d_g1"].output_shape == (1, 4, 4, 4, 512)
-    assert by_name["brain_odd"].output_shape == (1, 37, 44, 37, 32)
-    assert by_name["dilated_256"].output_shape == (1, 12, 13, 13, 256)
-    assert by_name["k3s1_32"].flops == 2 * 10 * 100 * 100 * 32 * 32 * 27
+def rows_of(document):
+    """Rows by contender and layer."""
+    return {(row["contender"].rpartition(":")[2], row["layer"]): row for row in document["rows"]}
 
 
-@pytest.mark.parametrize(
-    ("kernel", "strides", "dilations", "padding"),
-    [
-        ((4, 4, 4), (2, 2, 2), (1, 1, 1), "SAME"),
-        ((3, 2, 1), (1, 3, 2), (2, 1, 3), "SAME"),
-        ((3, 3, 2), (2, 1, 4), (1, 2, 1), "VALID"),
-    ],
-)
-def test_obvious_version_is_right(kernel, strides, dilations, padding):
-    """It is what ratios are taken against, so it is held to the oracle too."""
-    rng = np.random.default_rng(1)
-    layer = Layer("toy", (2, 3, 4, 5, 6), (*kernel, 7, 6), None, strides, dilations, padding)
-    value, filter = (oracle.integers(rng, s, np.float32) for s in (layer.value_shape, layer.filter_shape))
-    plan = layer.plan()
-    exact = oracle.conv3d_transpose(value, filter, plan.output_shape, strides, padding, "NDHWC", dilations)
-    assert np.array_equal(obvious(layer, plan, value, filter), exact)
-    assert np.array_equal(layer.gemmconv(value, filter, 1), exact)
+@pytest.fixture(scope="module")
+def speed(tmp_path_factory):
+    """A result of a good run, its path, and what was printed."""
+    path = tmp_path_factory.mktemp("speed") / "result.json"
+    against = f"gemmconv,gemmconv:col2im,numpy,torch,{HERE}right"
+    text = bench(
+        "run", "--suite", "tiny", "--only", "k3s2,odd", "--against", against, *QUICK, "--launches", "2", "--json", path,
+        OPENBLAS_CORETYPE="Haswell",
+    )  # fmt: skip
+    return json.loads(path.read_text()), path, text
 
 
-def test_speed():
-    """A line for the layer, with a ratio inside its interval, and the mean of one."""
-    text = bench("speed", "--rounds", "3", "--only", "gan3d_g1", "--workers", "1", "--pause", "0")
-    ratio, low, high = map(float, re.search(r"^gan3d_g1 .* ([\d.]+) \(([\d.]+) to ([\d.]+)\)$", text, re.M).groups())
-    assert low <= ratio <= high
-    assert f"geometric mean of the ratios: {ratio:.2f}" in text
+def test_rows_have_what_was_measured(speed):
+    """For each layer and contender: raw times, their median, rates, the error, and the contender's own."""
+    found, _, text = speed
+    assert found["schema"] == "gemmconv-bench"
+    assert found["schema_version"] == 1
+    rows = rows_of(found)
+    names = {"gemmconv", "gemmconv#2", "col2im", "numpy", "right"}
+    assert set(rows) == {(name, layer) for name in names for layer in ("tiny_k3s2", "tiny_odd")}
+    for (name, layer), row in rows.items():
+        assert row["status"] == "ok"
+        assert 0 < row["error_fraction"] < 1e-6
+        assert len(row["visits_seconds"]) == row["visits"] == 6
+        assert row["launch_of_visit"] == [0, 0, 0, 1, 1, 1]
+        assert {len(calls) for calls in row["visits_seconds"]} == {row["calls_a_visit"]}
+        medians = [np.median(calls) for calls in row["visits_seconds"]]
+        assert row["median_seconds"] == pytest.approx(np.median(medians))
+        assert row["gflops"] == pytest.approx(row["flops"] / row["median_seconds"] / 1e9)
+        assert row["roof_share"] == pytest.approx(row["gflops"] / row["roof_gflops"])
+        assert ("first_touch" in row) == (name != "numpy")
+        assert ("phases" in row) == (name in ("gemmconv", "gemmconv#2", "col2im"))
+        assert layer in text
+    assert rows["gemmconv", "tiny_k3s2"]["flops"] == 2 * 8 * 16 * 16 * 27
+    assert rows["gemmconv", "tiny_k3s2"]["bytes"] == 4 * (8 * 16 + 27 * 16 * 16 + 64 * 16)
 
 
-def test_speed_stops_at_a_wrong_result(monkeypatch):
-    """A contender that is wrong is not timed."""
-    from bench import __main__ as main
+def test_the_environment_is_inside(speed):
+    """Removed variables, libraries and roofs; nothing of this machine's folders."""
+    found, _, text = speed
+    environment = found["environment"]
+    assert environment["removed_variables"] == ["OPENBLAS_CORETYPE"]
+    assert "removed for all contenders: OPENBLAS_CORETYPE" in text
+    assert environment["machine"]["cpu_model"]
+    assert environment["roofs"][0]["sgemm_gflops"] > 0
+    assert environment["others"]["sentences"] is not None
+    for contender in found["contenders"]:
+        if contender["status"] == "ok":
+            assert all(pool["num_threads"] == 1 for pool in contender["pools"] if pool["user_api"] == "blas")
+    missing = [c["detail"] for c in found["contenders"] if c["status"] == "missing"]
+    if missing:
+        assert "torch was not measured: not installed: torch" in text
+    assert str(ROOT) not in json.dumps(environment)
 
-    monkeypatch.setattr(Layer, "gemmconv", lambda self, *args: np.zeros(self.plan().output_shape, np.float32))
-    with pytest.raises(SystemExit, match=r"gan3d_g1: results differ by 1\.0e\+00 of the largest output"):
-        main.main(["speed", "--only", "gan3d_g1", "--rounds", "2"])
+
+def test_ratios_are_of_medians_and_lie_in_their_intervals(speed):
+    """Those of the same function are near 1."""
+    found, _, _ = speed
+    rows = {(row["contender"], row["layer"]): row for row in found["rows"]}
+    for ratio in found["ratios"]:
+        other, mine = (rows[name, ratio["layer"]]["median_seconds"] for name in (ratio["contender"], "gemmconv"))
+        assert ratio["ratio"] == pytest.approx(other / mine)
+        assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+    assert {s["contender"] for s in found["summaries"]} >= {"gemmconv#2", "gemmconv:col2im", "numpy"}
+    again = next(s for s in found["summaries"] if s["contender"] == "gemmconv#2")
+    assert 0.7 < again["ratio"] < 1.4
+
+
+def test_compare(speed, tmp_path):
+    """0 for the same, 1 for slower, 2 for wrong, for other machines and for what is no result; --force."""
+    found, path, _ = speed
+
+    def changed(name, change):
+        copy = json.loads(json.dumps(found))
+        change(copy)
+        target = tmp_path / f"{name}.json"
+        target.write_text(json.dumps(copy))
+        return target
+
+    def slower(copy):
+        for row in copy["rows"]:
+            row["visits_seconds"] = [[1.5 * s for s in calls] for calls in row["visits_seconds"]]
+
+    assert "geometric mean: 1.00" in bench("compare", path, path)
+    slow = changed("slower", slower)
+    assert "REGRESSION" in bench("compare", path, slow, status=1)
+    assert "REGRESSION" not in bench("compare", path, slow, "--fail-over", "60%")
+    assert "REGRESSION" not in bench("compare", slow, path)
+
+    other = changed("other", lambda copy: copy["environment"]["machine"].update(cpu_model="Z80"))
+    text = bench("compare", path, other, status=2)
+    assert "cpu_model was" in text
+    assert "is 'Z80'" in text
+    assert "compared by force: cpu_model" in bench("compare", path, other, "--force")
+
+    wrong = changed(
+        "wrong", lambda copy: copy["rows"][0].update(status="wrong", detail="1 of 8 cells", visits_seconds=[])
+    )
+    wrong_subject = json.loads(wrong.read_text())["rows"][0]["contender"]
+    bench("compare", path, wrong, "--contender", wrong_subject, status=2)
+    assert "MISSING" in bench("compare", path, changed("few", lambda copy: copy["rows"].pop(0)), status=2)
+    versions = changed("version", lambda copy: copy.update(schema_version=2))
+    assert "schema version 2, this bench reads 1" in bench("compare", path, versions, status=2)
+    assert "its schema is not 'gemmconv-bench'" in bench("compare", path, ROOT / "bench/workloads.json", status=2)
+    assert "No such file" in bench("compare", path, tmp_path / "none.json", status=2)
+
+
+BAD = {
+    "wrong_cell": ("wrong", r"1 of \d+ cells .* differ by more than 1e-05 of the largest, at most by 1\.0e-03"),
+    "not_a_number": ("wrong", "1 of .* cells"),
+    "half_precision": ("wrong", "cells"),
+    "wrong_later": ("wrong", "cells"),
+    "wrong_shape": ("wrong", r"shape \(2, 8, 7, 8, 4\), not \(2, 8, 8, 8, 4\)"),
+    "wrong_dtype": ("wrong", "dtype float64, not float32"),
+    "a_list": ("wrong", "dtype float64, not float32"),
+    "raises": ("raised", r"ArithmeticError: carry the one \(bench_contenders.py, line \d+\)"),
+    "hangs": ("hung", "no answer to 'prepare' in 2 s"),
+    "killed": ("died", "was killed by SIGKILL during 'prepare'"),
+    "exits": ("died", "exited with status 7 during 'prepare'"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """All of the bad at once, and two that are good, on a layer."""
+    path = tmp_path_factory.mktemp("bad") / "result.json"
+    against = ",".join(["numpy", *(HERE + name for name in BAD)])
+    arguments = ("--suite", "tiny", "--only", "k2s2", *QUICK, "--timeout", "2", "--json", path)
+    text = bench("run", "--against", against, *arguments, status=2)
+    return rows_of(json.loads(path.read_text())), text
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_contenders_cost_only_their_own_rows(bad, name):
+    """What they did is said, and the others have their times."""
+    rows, text = bad
+    status, detail = BAD[name]
+    row = rows[name, "tiny_k2s2"]
+    assert row["status"] == status
+    assert re.search(detail, row["detail"])
+    assert "median_seconds" not in row
+    assert f"{status.upper()}: bench_contenders.py:{name}: " in text
+    for good in ("gemmconv", "numpy"):
+        assert rows[good, "tiny_k2s2"]["median_seconds"] > 0
+
+
+def test_a_contender_that_was_lost_starts_again(tmp_path):
+    """It hangs on one layer, and is measured on the next."""
+    path = tmp_path / "result.json"
+    arguments = ("--suite", "tiny", "--only", "k2s2,line", *QUICK, "--timeout", "2", "--json", path)
+    bench("run", "--against", f"{HERE}hangs_once", *arguments, status=2)
+    rows = rows_of(json.loads(path.read_text()))
+    assert rows["hangs_once", "tiny_k2s2"]["status"] == "hung"
+    assert rows["hangs_once", "tiny_line"]["status"] == "ok"
+    assert rows["hangs_once", "tiny_line"]["median_seconds"] > 0
+
+
+def test_a_users_file_as_the_documents_say(tmp_path):
+    """From another folder, in one command, in float64 end to end."""
+    shutil.copy(ROOT / "bench/examples/loop.py", tmp_path / "mine.py")
+    text = bench(
+        "run", "--against", "mine.py:conv", "--suite", "tiny", "--only", "odd", *QUICK, "--dtype", "float64",
+        "--end-to-end", cwd=tmp_path,
+    )  # fmt: skip
+    assert re.search(r"tiny_odd.* us .*\d\.\d\d \(\d", text)
+
+
+def test_a_c_file(tmp_path):
+    """The example, compiled with the system's compiler, in both layouts; other dtypes are said to be unsupported."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("There is no C compiler to compile bench/examples/direct.c with.")
+    library = tmp_path / "direct.so"
+    source = ROOT / "bench/examples/direct.c"
+    flags = ["-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{ROOT / 'bench'}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True, timeout=60)
+    for layout in ("NDHWC", "NCDHW"):
+        path = tmp_path / f"{layout}.json"
+        arguments = ("--suite", "tiny", "--only", "odd,gaps", *QUICK, "--layout", layout, "--json", path)
+        bench("run", "--against", f"{library}:direct", *arguments)
+        rows = rows_of(json.loads(path.read_text()))
+        assert [row["status"] for (name, _), row in rows.items() if name == "direct"] == ["ok"] * 2
+    text = bench(
+        "run", "--against", f"{library}:direct", "--suite", "tiny", "--only", "odd", *QUICK, "--dtype", "float64"
+    )
+    assert "unsupported" in text
+    text = bench("run", "--against", f"{library}:indirect", "--suite", "tiny", "--only", "odd", *QUICK, status=2)
+    assert "undefined symbol: indirect" in text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Memory is read from /proc, which only Linux has.")
-def test_memory():
-    """A layer of 8 MB in a fresh process: what it takes beyond operands and result is a few MiB, not nothing."""
-    text = bench("memory", "--only", "unetr_bottom")
-    assert 0 < float(re.search(r"unetr_bottom +([\d.]+) MiB", text)[1]) < 100
-    assert "largest: " in text
+def test_memory(tmp_path):
+    """What a layer of 8 MB takes beyond operands and result is some MiB, not nothing."""
+    path = tmp_path / "memory.json"
+    arguments = ("--memory", "--only", "unetr_bottom", "--workers", "1", "--json", path)
+    text = bench("run", "--against", f"numpy,{HERE}raises", *arguments, status=2)
+    rows = rows_of(json.loads(path.read_text()))
+    assert 0 < rows["gemmconv", "unetr_bottom"]["peak_bytes"] < 100 * 2**20
+    # The obvious version's columns of all taps are 216 x 8 x 128 floats.
+    assert rows["numpy", "unetr_bottom"]["peak_bytes"] > 0.8 * 4 * 216 * 8 * 128
+    assert rows["raises", "unetr_bottom"]["status"] == "raised"
+    assert "Peak memory beyond" in text
+
+
+def test_env(tmp_path):
+    """The machine, every BLAS with its kernels and threads, variables with what they hold back, roofs."""
+    path = tmp_path / "env.json"
+    text = bench("env", "--workers", "1", "--keep-env", "--json", path, OPENBLAS_CORETYPE="Nehalem")
+    assert "OPENBLAS_CORETYPE" in text
+    assert "copy in memory GB/s" in text
+    found = json.loads(path.read_text())
+    assert found["variables"]["OPENBLAS_CORETYPE"] == "Nehalem"
+    architectures = {library["architecture"] for library in found["blas_libraries"]}
+    if "Nehalem" in architectures and "avx2" in found["machine"]["vector_flags"]:
+        assert any("OPENBLAS_CORETYPE=Nehalem holds OpenBLAS at Nehalem" in sentence for sentence in found["warnings"])
+    removed = bench("env", "--workers", "1", OPENBLAS_CORETYPE="Nehalem")
+    assert "kernels Nehalem" not in removed
+    assert "removed for all contenders: OPENBLAS_CORETYPE" in removed
+
+
+def test_plot(speed, tmp_path):
+    """One file for each drawing that a result has data for; those of the sweep only from the sweep."""
+    _, path, _ = speed
+    printed = bench("plot", path, "--output", tmp_path / "plots", "--format", "png").split()
+    kinds = {Path(name).stem.removeprefix("result-") for name in printed}
+    assert {"relative", "roofline"} <= kinds <= {"relative", "roofline", "phases"}
+    for name in printed:
+        assert Path(name).read_bytes().startswith(b"\x89PNG")
+    sweep = tmp_path / "sweep.json"
+    bench("run", "--suite", "sweep", "--only", "stride_4,base", "--against", "numpy", *QUICK, "--json", sweep)
+    printed = bench("plot", sweep).split()
+    assert str(tmp_path / "sweep-sweep-1.svg") in printed
+    assert (tmp_path / "sweep-sweep-1.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
+def test_vectors(tmp_path, layout):
+    """Files that say all there is to say: an engine that reads nothing else gets them right."""
+    bench("vectors", tmp_path, "--suite", "tiny", "--layout", layout)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert len(index["layers"]) == 6
+    for layer in index["layers"]:
+        value, filter, result = (np.load(tmp_path / layer["files"][name]) for name in ("value", "filter", "result"))
+        assert result.dtype == np.float64
+        assert (value.dtype, list(value.shape)) == (np.float32, layer["value_shape"])
+        exact = oracle.conv3d_transpose(
+            value, filter, layer["output_shape"], layer["strides"], layer["padding"], layout, layer["dilations"]
+        )
+        assert np.allclose(result, exact, rtol=0, atol=1e-13 * layer["largest_result"])
 
 
 def test_latency_and_import():
-    """Two medians and a ratio."""
+    """Two medians each, and a ratio; the variables are removed."""
     assert len(re.findall(r"[\d.]+ us, median of 1000", bench("latency"))) == 2
     assert re.search(r"^ratio \d\.\d\d$", bench("import", "--rounds", "1"), re.M)
 
 
-def test_variables_that_choose_kernels_are_removed():
-    """Unless they are to be kept."""
-    assert "removed from the environment: OPENBLAS_CORETYPE" in bench("latency", OPENBLAS_CORETYPE="Haswell")
-    assert "removed" not in bench("latency", "--keep-env", OPENBLAS_CORETYPE="Haswell")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["run", "--against", "scipy"], "scipy: no such contender; it is one of gemmconv, gemmconv:ALGORITHM, numpy"),
+        (["run", "--against", "gemmconv:fft"], "gemmconv has no algorithm 'fft', it has auto, "),
+        (["run", "--against", "none.py:f"], "there is no file none.py"),
+        (["run", "--against", "none.so:f"], "there is no file none.so"),
+        (["run", "--only", "nothing"], "--only nothing: the suite models has nnunet_l2"),
+        (["run", "--workers", "4096"], "--workers 4096: this process may use "),
+        (["run", "--workers", "0"], "workers are at least 1"),
+        (["run", "--confidence", "95"], "95 is no part of 1"),
+        (["run", "--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["walk"], "invalid choice: 'walk'"),
+    ],
+)
+def test_bad_arguments(arguments, text):
+    """Status 2 and a sentence, before anything is measured."""
+    assert text in bench(*arguments, status=2)
+
+
+def test_a_module_that_is_not_there():
+    """It is its own failure only."""
+    text = bench("run", "--against", "no_such_module:f", "--suite", "tiny", "--only", "line", *QUICK, status=2)
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in text
+    assert re.search(r"tiny_line .* us", text)

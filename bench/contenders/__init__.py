@@ -1,0 +1,108 @@
+"""Those that are measured: their names on the command line, and where the code that calls each of them is.
+
+Only the process that measures a contender imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.contenders.base import Contender
+
+PEERS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
+# What each needs to be installed. The two engines are given an ONNX model.
+NEEDS = {
+    "torch": ("torch",),
+    "tensorflow": ("tensorflow",),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino", "onnx"),
+    "jax": ("jax",),
+}
+LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
+FORMS = (
+    "gemmconv, gemmconv:ALGORITHM, numpy, " + ", ".join(PEERS) + ", module:function, file.py:function, lib.so:symbol"
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A contender as it was asked for; `kind` chooses the code, `name` is what tables show."""
+
+    text: str
+    kind: str
+    where: str
+    what: str
+    name: str
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [package for package in NEEDS.get(self.kind, ()) if importlib.util.find_spec(package) is None]
+
+
+def parse(text: str) -> Spec:
+    """Read a contender from the command line; a ValueError says what is wrong with it."""
+    where, _, what = text.rpartition(":")
+    if text in ("gemmconv", "gemmconv:auto"):
+        return Spec(text, "gemmconv", "", "auto", "gemmconv")
+    if where == "gemmconv":
+        from gemmconv.lowerings import LOWERINGS
+
+        if what not in LOWERINGS:
+            raise ValueError(f"{text}: gemmconv has no algorithm {what!r}, it has auto, {', '.join(LOWERINGS)}")
+        return Spec(text, "gemmconv", "", what, text)
+    if text == "numpy" or text in PEERS:
+        return Spec(text, text, "", "", text)
+    if text == "sgemm":
+        return Spec(text, "sgemm", "", "", text)
+    if not where or not what:
+        raise ValueError(f"{text}: no such contender; it is one of {FORMS}")
+    path = Path(where)
+    library = any(suffix in path.suffixes for suffix in LIBRARY_SUFFIXES)
+    if (library or path.suffix == ".py") and not path.is_file():
+        raise ValueError(f"{text}: there is no file {where}")
+    if library:
+        return Spec(text, "library", str(path.resolve()), what, f"{path.name}:{what}")
+    if path.suffix == ".py":
+        return Spec(text, "file", str(path.resolve()), what, f"{path.name}:{what}")
+    return Spec(text, "module", where, what, text)
+
+
+def parse_all(texts: list[str]) -> list[Spec]:
+    """Read contenders; one that comes again gets a name of its own, which is how A is measured against A."""
+    found: list[Spec] = []
+    for text in texts:
+        spec = parse(text)
+        names = [other.name for other in found]
+        again = next(
+            n for n in range(1, len(names) + 2) if f"{spec.name}#{n}" not in names and (n > 1 or spec.name not in names)
+        )
+        found.append(spec if again == 1 else Spec(spec.text, spec.kind, spec.where, spec.what, f"{spec.name}#{again}"))
+    return found
+
+
+def load(spec: Spec, workers: int) -> Contender:
+    """Import a contender into this process."""
+    if spec.kind in ("gemmconv", "numpy"):
+        from bench.contenders import own
+
+        return own.Obvious() if spec.kind == "numpy" else own.Gemmconv(spec.what)
+    if spec.kind in ("torch", "tensorflow", "jax"):
+        from bench.contenders import frameworks
+
+        return frameworks.FRAMEWORKS[spec.kind](workers)
+    if spec.kind in ("onnxruntime", "openvino"):
+        from bench.contenders import engines
+
+        return engines.ENGINES[spec.kind](workers)
+    if spec.kind == "sgemm":
+        from bench.contenders import roof
+
+        return roof.Sgemm()
+    from bench.contenders import users
+
+    if spec.kind == "library":
+        return users.Library(spec.where, spec.what)
+    return users.Function(spec.where, spec.what, is_file=spec.kind == "file")

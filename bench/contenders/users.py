@@ -1,0 +1,131 @@
+"""Contenders that users bring: Python functions with TensorFlow's signature, and C functions in shared libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.contenders.base import Call, Contender, Job, only_float32
+from bench.reference import Array
+
+INTERFACE_VERSION = 1
+
+
+class Function(Contender):
+    """A function ``f(value, filter, output_shape=, strides=, padding=, data_format=, dilations=)``.
+
+    A parameter named `workers` is given the number of threads to use, and one named `out` makes calls into an array
+    possible. Strides and dilations are three integers, output_shape is five, in the order of data_format.
+    """
+
+    def __init__(self, where: str, what: str, is_file: bool) -> None:
+        module = _from_file(Path(where)) if is_file else importlib.import_module(where)
+        self._function: Callable[..., Any] = getattr(module, what)
+        self._parameters = set(inspect.signature(self._function).parameters)
+        name = where if not is_file else Path(where).name
+        self.versions = {name: str(getattr(module, "__version__", "no version"))}
+
+    def calls(self, job: Job) -> list[Call]:
+        """One way: arrays in, something that NumPy makes an array of out."""
+        layer = job.layer
+        options: dict[str, Any] = {
+            "output_shape": layer.output_shape(job.layout),
+            "strides": layer.strides,
+            "padding": layer.padding,
+            "data_format": job.layout,
+            "dilations": layer.dilations,
+        }
+        if "workers" in self._parameters:
+            options["workers"] = job.workers
+        call = partial(_finished, partial(self._function, job.value, job.filter, **options))
+        into = (lambda out: call(out=out)) if "out" in self._parameters else None
+        return [Call(job.layout, call, np.asarray, into, layer.output_shape(job.layout))]
+
+
+def _finished(function: Callable[..., Any], **options: Any) -> Any:
+    """A call's result once it is computed: JAX's functions return before that."""
+    result = function(**options)
+    wait = getattr(result, "block_until_ready", None)
+    return result if wait is None else wait()
+
+
+def _from_file(path: Path) -> Any:
+    sys.path.insert(0, str(path.parent))  # so that it can import what lies beside it
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} cannot be imported as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Problem(ctypes.Structure):
+    """`struct gemmconv_bench_problem` of gemmconv_bench.h."""
+
+    _fields_ = (
+        ("version", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("cin", ctypes.c_int64),
+        ("cout", ctypes.c_int64),
+        ("input", ctypes.c_int64 * 3),
+        ("output", ctypes.c_int64 * 3),
+        ("kernel", ctypes.c_int64 * 3),
+        ("stride", ctypes.c_int64 * 3),
+        ("dilation", ctypes.c_int64 * 3),
+        ("before", ctypes.c_int64 * 3),
+        ("value_strides", ctypes.c_int64 * 5),
+        ("filter_strides", ctypes.c_int64 * 5),
+        ("output_strides", ctypes.c_int64 * 5),
+    )
+
+
+class Library(Contender):
+    """A C function of a shared library, with the interface of gemmconv_bench.h."""
+
+    def __init__(self, path: str, symbol: str) -> None:
+        self._function = getattr(ctypes.CDLL(path), symbol)
+        self._function.restype = ctypes.c_int
+        self._function.argtypes = (ctypes.POINTER(Problem), *(ctypes.c_void_p,) * 3)
+        self._symbol = symbol
+        self.versions = {Path(path).name: f"interface {INTERFACE_VERSION}"}
+
+    def calls(self, job: Job) -> list[Call]:
+        """One way: into a new array each time, or into one that is given."""
+        only_float32(job)
+        layer, channels_last = job.layer, job.layout == "NDHWC"
+        shape = layer.output_shape(job.layout)
+        problem = Problem(
+            INTERFACE_VERSION, job.workers, layer.batch, layer.cin, layer.cout, layer.input, layer.output,
+            layer.kernel, layer.strides, layer.dilations, layer.before,
+        )  # fmt: skip
+        for name, sizes, spatial in (
+            ("value_strides", layer.value_shape(job.layout), True),
+            ("filter_strides", layer.filter_shape, False),
+            ("output_strides", shape, True),
+        ):
+            steps = [int(np.prod(sizes[i + 1 :], dtype=np.int64)) for i in range(5)]
+            if spatial and not channels_last:  # always in the order N, D, H, W, C
+                steps = [steps[0], *steps[2:], steps[1]]
+            setattr(problem, name, (ctypes.c_int64 * 5)(*steps))
+        pointer = ctypes.byref(problem)
+        value, filter = job.value.ctypes.data, job.filter.ctypes.data
+        operands = job.value, job.filter, problem  # what the addresses belong to
+
+        def into(out: Array) -> Array:
+            status = self._function(pointer, value, filter, out.ctypes.data)
+            if status:
+                raise RuntimeError(f"{self._symbol} returned {status} for {operands[2].version=}")
+            return out
+
+        return [Call(job.layout, lambda: into(np.empty(shape, np.float32)), lambda result: result, into, shape)]

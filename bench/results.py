@@ -1,0 +1,195 @@
+"""The results file: what a run found as one JSON document, and the reading of it.
+
+Raw seconds of every call are in it, and all that is derived from them is derived here, so that a reader can do it
+again. Names carry their units. SCHEMA_VERSION changes with every change that a reader could trip over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import statistics
+from bench.contenders.roof import sizes
+from bench.layers import Layer
+from bench.measure import Options, settings
+from bench.reference import dtype_named
+from bench.statistics import Interval, Series
+
+Row = dict[str, Any]
+Document = dict[str, Any]
+SCHEMA = "gemmconv-bench"
+SCHEMA_VERSION = 1
+CONVENTIONS = {
+    "flops": "2*N*D*H*W*Cin*Cout*kd*kh*kw with the sizes of the input, cropped products counted; complex ones 4 times",
+    "roof": "sgemm at k = Cin, n = min(kd*kh*kw*Cout, 2048), m = min(N*D*H*W, 1024), warm, one call a worker at once, "
+    "BLAS at one thread",
+    "bytes": "value, filter and result, each once",
+    "ratio": "the contender's median over the subject's: above 1 the subject is faster",
+    "interval": "bootstrap over rounds, both sides by the same ones, with the deviation from launch to launch added",
+    "median_seconds": "the median of the visits' medians; a visit is warmed up, then timed for a few calls",
+    "spread_fraction": "the interquartile range of the visits' medians over their median",
+    "error_fraction": "the largest difference from the float64 result over its largest magnitude",
+}
+# Statuses of a row: all but 'ok' and 'unsupported' are failures of the contender.
+FAILURES = ("wrong", "raised", "hung", "died", "given up")
+
+
+def series_of(row: Row) -> Series:
+    """A row's visits."""
+    return Series(row["visits_seconds"], row["launch_of_visit"])
+
+
+def document(
+    options: Options, contenders: Sequence[Row], measured: Sequence[Row], environment: Mapping[str, Any]
+) -> Document:
+    """Put together what a run found."""
+    layers = {layer.name: layer for layer in options.layers}
+    roofs = [
+        _roof(row, layers[row["layer"]]) for row in measured if row["contender"] == "sgemm" and row["status"] == "ok"
+    ]
+    of_layer = {(roof["layer"], roof["workers"]): roof["gflops"] for roof in roofs}
+    itemsize = dtype_named(options.dtype).itemsize
+    rows = []
+    for row in measured:
+        if row["contender"] != "sgemm":
+            layer = layers[row["layer"]]
+            flops = layer.flops(options.dtype.startswith("complex"))
+            rows.append(_row(row, flops, layer.bytes(itemsize), of_layer.get((row["layer"], row["workers"]))))
+    ratios, summaries = compare_all(rows, options.subject.name, options.confidence)
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "kind": "speed",
+        "settings": settings(options),
+        "conventions": CONVENTIONS,
+        "environment": dict(environment),
+        "layers": [layer.to_dict() for layer in options.layers],
+        "contenders": list(contenders),
+        "rows": rows,
+        "layer_roofs": roofs,
+        "ratios": ratios,
+        "summaries": summaries,
+    }
+
+
+def _roof(row: Row, layer: Layer) -> Row:
+    m, n, k = sizes(layer)
+    products, seconds = int(row["note"]), series_of(row).median
+    return {
+        "layer": row["layer"],
+        "workers": row["workers"],
+        "m": m,
+        "n": n,
+        "k": k,
+        "products": products,
+        "median_seconds": seconds / products,
+        "gflops": row["workers"] * 2 * m * n * k * products / seconds / 1e9,
+        "spread_fraction": series_of(row).spread,
+    }
+
+
+def _row(row: Row, flops: int, bytes_: int, roof_gflops: float | None) -> Row:
+    facts = {key: row.get(key) for key in ("layer", "contender", "workers", "status", "detail", "layout", "note")}
+    facts |= {"error_fraction": row.get("error"), "flops": flops, "bytes": bytes_}
+    facts |= {"visits_seconds": row.get("visits_seconds", []), "launch_of_visit": row.get("launch_of_visit", [])}
+    if row["status"] != "ok" or not facts["visits_seconds"]:
+        return facts
+    series = series_of(facts)
+    facts |= {
+        "median_seconds": series.median,
+        "spread_fraction": series.spread,
+        "visits": len(series.visits),
+        "calls_a_visit": row["calls"],
+        "first_call_seconds": row["first_call_seconds"],
+        "gflops": flops / series.median / 1e9,
+        "roof_gflops": roof_gflops,
+        "roof_share": None if roof_gflops is None else flops / series.median / 1e9 / roof_gflops,
+        "noise": statistics.noise(series),
+    }
+    return facts | {key: row[key] for key in ("first_touch", "phases") if key in row}
+
+
+def compare_all(rows: Sequence[Row], subject: str, confidence: float) -> tuple[list[Row], list[Row]]:
+    """Ratios of every other contender to the subject, and for each and each number of workers what they come to."""
+    ok = {(row["layer"], row["contender"], row["workers"]): row for row in rows if "median_seconds" in row}
+    pairs: dict[tuple[str, int], dict[str, statistics.Pair]] = {}
+    for (layer, name, workers), row in ok.items():
+        mine = ok.get((layer, subject, workers))
+        if name != subject and mine is not None and mine["launch_of_visit"] == row["launch_of_visit"]:
+            pairs.setdefault((name, workers), {})[layer] = series_of(row), series_of(mine)
+    ratios: list[Row] = []
+    summaries: list[Row] = []
+    for (name, workers), found in pairs.items():
+        deviation = statistics.launch_deviation(list(found.values()))
+        intervals = {layer: statistics.ratio(pair, confidence, deviation) for layer, pair in found.items()}
+        for layer, interval in intervals.items():
+            ratios.append({"layer": layer, "contender": name, "workers": workers} | interval_row(interval))
+        mean = statistics.geometric_mean(list(found.values()), confidence, deviation)
+        worst = min(intervals, key=lambda layer: intervals[layer].estimate)
+        widths = sorted(interval.width for interval in intervals.values() if interval.width is not None)
+        summaries.append(
+            {"contender": name, "workers": workers, "rows": len(intervals)}
+            | interval_row(mean)
+            | {
+                "worst_layer": worst,
+                "worst_ratio": intervals[worst].estimate,
+                "lost_layers": [layer for layer, interval in intervals.items() if interval.estimate < 1],
+                "lost_surely": sum((i.high or math.inf) < 1 for i in intervals.values()),
+                "won_surely": sum((i.low or 0) > 1 for i in intervals.values()),
+                "contain_one": sum(i.contains_one for i in intervals.values()),
+                "median_width_fraction": widths[len(widths) // 2] if widths else None,
+                "launch_deviation_fraction": deviation,
+            }
+        )
+    return ratios, summaries
+
+
+def interval_row(interval: Interval) -> Row:
+    """An interval as JSON has it."""
+    return {"ratio": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def failures(rows: Iterable[Row]) -> list[Row]:
+    """Rows of contenders that were wrong, raised, hung or died."""
+    return [row for row in rows if row["status"] in FAILURES]
+
+
+def write(document: Document, path: Path) -> None:
+    """Write a document; numbers that JSON has not are refused."""
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+_NEEDED = {
+    "settings": dict,
+    "conventions": dict,
+    "environment": dict,
+    "layers": list,
+    "contenders": list,
+    "rows": list,
+}
+
+
+def read(path: Path) -> Document:
+    """Read a document of this schema and version; a ValueError says what else the file is."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is no result of this bench: its schema is not {SCHEMA!r}")
+    if found["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema version {found['schema_version']}, this bench reads {SCHEMA_VERSION}")
+    for key, kind in _NEEDED.items():
+        if not isinstance(found.get(key), kind):
+            raise ValueError(f"{path} lacks {key!r}")
+    for number, row in enumerate(found["rows"]):
+        lacking = {"layer", "contender", "workers", "status"} - set(row)
+        if lacking:
+            raise ValueError(f"{path}: rows[{number}] lacks {', '.join(sorted(lacking))}")
+    return dict(found)

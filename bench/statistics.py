@@ -1,0 +1,134 @@
+"""Medians, spreads, ratios with intervals, their geometric mean, and signs of noise.
+
+Calls of one visit share what the machine did in those milliseconds, so they count as one observation, their median.
+What is resampled are rounds, both sides of a ratio by the same ones, since neighbours in time share more than
+strangers. Rounds of one launch share where the memory of their processes lies, which resampling rounds cannot show:
+its part is estimated from all rows of a run together, and added. Nothing here knows of contenders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+DRAWS = 4000
+FEWEST_ROUNDS = 3
+MOST_SPREAD = 0.10
+MOST_DRIFT = 0.05
+TRIMMED = 0.1  # of the rows, those with the largest variance between launches: bursts of someone else's work
+
+
+@dataclass(frozen=True)
+class Series:
+    """One row's visits, a list of seconds each, and the launch that each belongs to."""
+
+    visits: Sequence[Sequence[float]]
+    launches: Sequence[int]
+
+    @property
+    def medians(self) -> Array:
+        """One number for each visit."""
+        return np.array([np.median(calls) for calls in self.visits])
+
+    @property
+    def median(self) -> float:
+        """The median of the visits' medians."""
+        return float(np.median(self.medians))
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range of the visits, as a part of their median."""
+        low, middle, high = np.percentile(self.medians, [25, 50, 75])
+        return float((high - low) / middle)
+
+
+Pair = tuple[Series, Series]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a confidence interval; `low` and `high` are None where there are too few rounds for one."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+
+    @property
+    def contains_one(self) -> bool:
+        """Whether the two sides cannot be told apart."""
+        return self.low is None or self.high is None or self.low <= 1 <= self.high
+
+    @property
+    def width(self) -> float | None:
+        """As a part of the estimate."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / self.estimate
+
+
+def launch_deviation(pairs: Sequence[Pair]) -> float:
+    """The standard deviation, from launch to launch, of a log ratio, beyond what its rounds explain.
+
+    A method of moments, over rows that were visited as often: variance of the launches' means less that of a mean.
+    """
+    between, within = [], []
+    for a, b in pairs:
+        logs = np.log(a.medians) - np.log(b.medians)
+        groups = [logs[np.equal(a.launches, launch)] for launch in sorted(set(a.launches))]
+        if len(groups) < 2 or min(map(len, groups)) < 2:
+            continue
+        between.append(np.var([group.mean() for group in groups], ddof=1))
+        within.append(np.mean([group.var(ddof=1) / len(group) for group in groups]))
+    if not between:
+        return 0.0
+    kept = np.argsort(between)[: max(1, math.ceil(len(between) * (1 - TRIMMED)))]
+    return math.sqrt(max(0.0, float(np.mean(np.take(between, kept)) - np.mean(np.take(within, kept)))))
+
+
+def log_ratios(pair: Pair, deviation: float = 0.0, paired: bool = True, seed: int = 0) -> Array:
+    """Bootstrap draws of log(median of the first / median of the second).
+
+    `paired` resamples both by the same rounds; `deviation` is `launch_deviation`'s, divided here by the launches.
+    """
+    a, b = pair[0].medians, pair[1].medians
+    rng = np.random.default_rng(seed)
+    first = rng.integers(len(a), size=(DRAWS, len(a)))
+    second = first if paired else rng.integers(len(b), size=(DRAWS, len(b)))
+    draws: Array = np.log(np.median(a[first], axis=1)) - np.log(np.median(b[second], axis=1))
+    launches = min(len(set(side.launches)) for side in pair)
+    return draws + rng.normal(0, deviation / math.sqrt(launches), DRAWS)
+
+
+def ratio(pair: Pair, confidence: float, deviation: float = 0.0, paired: bool = True) -> Interval:
+    """How many times as fast the second is as the first: the ratio of medians, with a bootstrap interval."""
+    return geometric_mean([pair], confidence, deviation, paired)
+
+
+def geometric_mean(pairs: Sequence[Pair], confidence: float, deviation: float = 0.0, paired: bool = True) -> Interval:
+    """The geometric mean of the ratios of some rows; its interval is that of the measurement, for these very rows."""
+    estimate = math.exp(sum(math.log(a.median / b.median) for a, b in pairs) / len(pairs))
+    if min(min(len(a.visits), len(b.visits)) for a, b in pairs) < FEWEST_ROUNDS:
+        return Interval(estimate, None, None)
+    draws: Array = np.zeros(DRAWS)
+    for seed, pair in enumerate(pairs):  # rows are independent of each other
+        draws += log_ratios(pair, deviation, paired, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.exp(np.quantile(draws / len(pairs), [tail, 1 - tail]))
+    return Interval(estimate, float(min(low, estimate)), float(max(high, estimate)))
+
+
+def noise(series: Series) -> list[str]:
+    """What is suspicious about a row: a wide spread, or a drift from the first half of the visits to the second."""
+    found = []
+    values = series.medians
+    if len(values) >= 4:
+        if (wide := series.spread) > MOST_SPREAD:
+            found.append(f"spread {wide:.0%} of the median")
+        half = len(values) // 2
+        drift = float(np.median(values[-half:]) / np.median(values[:half]) - 1)
+        if abs(drift) > MOST_DRIFT:
+            found.append(f"second half {drift:+.0%} against the first")
+    return found
