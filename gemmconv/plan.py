@@ -20,7 +20,7 @@ import numpy as np
 from gemmconv import arrays, profile, threads
 from gemmconv.arrays import Array
 from gemmconv.blas import serial_products
-from gemmconv.lowerings import LOWERINGS, CannotLowerError, Operands, Schedule, Workspace
+from gemmconv.lowerings import LOWERINGS, CannotLowerError, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.lowerings.cost import total_s
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem
@@ -197,12 +197,13 @@ class Plan:
         self, schedule: Schedule, value: Array, filter: Array, result: Array, progress: Progress | None, start_s: float
     ) -> None:
         looking = profile.current()
+        again = LOWERINGS["col2im"]
         pack_s = time.perf_counter()
         packed = self._packed(schedule, filter)
         pack_s = time.perf_counter() - pack_s if packed.size else 0.0
         if schedule.wants_finite_filter and not _finite(packed if packed.size else filter):
             # Zeros around the value times Inf or NaN would be NaN where no tap reaches: col2im forms no such products.
-            schedule = LOWERINGS["col2im"](self.problem, self.machine)
+            schedule = again(self.problem, self.machine)
         operands = Operands(value, filter, result, packed)
         workspaces = _acquire(self.used_workers, schedule.workspace_bytes, self.problem.compute_dtype)
         done = itertools.count(1)
@@ -222,12 +223,16 @@ class Plan:
         for workspace, clock in zip(workspaces, clocks, strict=True):
             workspace.clock = clock if looking else None
         run_s = time.perf_counter()
-        threads.run(
-            timed if looking else task,
-            schedule.count,
-            len(workspaces),
-            limit_blas=schedule.largest_product > serial_products(),
-        )
+        try:
+            threads.run(
+                timed if looking else task,
+                schedule.count,
+                len(workspaces),
+                limit_blas=schedule.largest_product > serial_products(),
+            )
+        except NotFiniteError:  # rarely: NaN, Inf or an overflow, which minimal filtering would spread
+            self._run(again(self.problem, self.machine), value, filter, result, progress, start_s)
+            return
         end_s = time.perf_counter()
         _release(workspaces)
         if looking:

@@ -54,7 +54,7 @@ class Workspace:
             made = make()
             self._kept = operands, made, self._used
         _, found, self._used = self._kept
-        return found  # type: ignore[no-any-return]
+        return found
 
     def release(self) -> None:
         """Forget the operands of the last call, which would stay alive."""
@@ -82,6 +82,10 @@ class Operands:
 
 class CannotLowerError(ValueError):
     """A lowering cannot do a problem; its text says why and what can."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A block's results are not finite where another lowering's may be; it has written nothing that will stay."""
 
 
 class Schedule(Protocol):

@@ -35,8 +35,8 @@ from gemmconv.lowerings.base import (
     store,
 )
 from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, meetings, pieces, sample
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
-from gemmconv.lowerings.phases import Slots, places, slots
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
+from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -259,7 +259,7 @@ def schedule(problem: Problem, machine: Machine) -> ByPlanes:
     reach = max((abs(shift) for shift in of_axes[2].shifts), default=0)
     if of_axes[2].count > width or reach >= width or width > _ROWS[-1]:
         raise CannotLowerError(f"{problem.operation}: lines of {width} positions cannot hold those of the sums")
-    unreached = any(len(of_axis.offsets) < min(a.stride, a.fine) for a, of_axis in zip(axes, of_axes, strict=True))
+    gaps = any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True))
     taps = min(max(1, _MOST_TAPS // problem.cout), math.prod(axis.kernel for axis in axes)) * problem.cout
     widens = must_widen(problem)
     item = problem.compute_dtype.itemsize
@@ -270,7 +270,7 @@ def schedule(problem: Problem, machine: Machine) -> ByPlanes:
             depth = min(depth, max(1, int(machine.l2_bytes * _PACK_SHARE) // item // max(rows, taps)))
         d = Cut(of_axes[0].count, max(1, lines // of_axes[1].count))
         h = Cut(of_axes[1].count, min(lines, of_axes[1].count))
-        return ByPlanes(problem, axes, of_axes, unreached, (d, h), rows, taps, widens, depth)
+        return ByPlanes(problem, axes, of_axes, gaps, (d, h), rows, taps, widens, depth)
 
     every = of_axes[0].count * of_axes[1].count
     most = math.prod(axis.coarse for axis in axes)

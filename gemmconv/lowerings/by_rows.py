@@ -33,7 +33,7 @@ from gemmconv.lowerings.base import (
     store,
 )
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
-from gemmconv.lowerings.phases import Slots, places, slots
+from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -372,16 +372,14 @@ def schedule(problem: Problem, machine: Machine) -> ByRows:
     channels = problem.cin
     if widens:
         channels = min(channels, max(1, int(machine.l2_bytes * _PACK_SHARE) // item // max(rows, taps)))
-    unreached = any(len(of_axis.offsets) < min(a.stride, a.fine) for a, of_axis in zip(axes, of_axes, strict=True))
+    gaps = any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True))
 
     def candidate(positions: int) -> ByRows:
         batch = 1 if problem.layout == "NCDHW" else max(1, positions // (depth * height * width))
         chunks = (batch, max(1, positions // (height * width)), max(1, positions // width), max(1, positions))
         whole = (problem.batch, depth, height, width)
         cuts = tuple(Cut(n, min(n, chunk)) for n, chunk in zip(whole, chunks, strict=True))
-        return ByRows(
-            problem, axes, of_axes, unreached, cuts, rows, taps, problem.cout > axes[2].coarse, widens, channels
-        )
+        return ByRows(problem, axes, of_axes, gaps, cuts, rows, taps, problem.cout > axes[2].coarse, widens, channels)
 
     positions = [problem.batch * depth * height * width]
     while positions[-1] > 1 and positions[-1] * each * problem.cout > _FEW_VALUES:

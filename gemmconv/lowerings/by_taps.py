@@ -33,7 +33,16 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.cost import ENOUGH_BLOCKS, MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
+from gemmconv.lowerings.cost import (
+    ENOUGH_BLOCKS,
+    MOST_STEPS_KEPT,
+    SHORT_RUN,
+    SMALLEST_BUFFER,
+    best,
+    copy_s,
+    gemm_s,
+    pass_s,
+)
 from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
 
+from gemmconv.blas import Gemm
 from gemmconv.lowerings.base import (
     Array,
     CannotLowerError,
@@ -34,7 +35,7 @@ from gemmconv.lowerings.base import (
     store,
 )
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes
-from gemmconv.lowerings.phases import Place, Slots, places, slots
+from gemmconv.lowerings.phases import Place, Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -45,6 +46,8 @@ _WIDE = 64
 # Slots of height and depth are joined in one GEMM up to this many columns: beyond it GEMM hardly gains, and the
 # filter would be copied for nothing.
 _ENOUGH_COLUMNS = 256
+# Taps are joined along k up to this length: beyond it GEMM hardly gains.
+_DEEP = 256
 _L2_SHARE = 0.75
 
 
@@ -67,10 +70,22 @@ class Panel(NamedTuple):
     slot: tuple[int, int, int]
     shift: tuple[int, int, int]
     first: int  # taps of panels before this one, where the filter is packed
+    deep: tuple[int, ...]  # first taps of width that are joined along k, for neighbouring rows
+
+    @property
+    def wide(self) -> int:
+        """Taps side by side, in the columns of one GEMM."""
+        return math.prod(self.many)
 
     @property
     def taps(self) -> int:
-        return math.prod(self.many)
+        return self.wide * len(self.deep)
+
+    def boxes(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Yield the taps of the filter, for one of the rows after the other."""
+        d, h = (slice(tap, tap + many) for tap, many in zip(self.tap[:2], self.many, strict=False))
+        for tap in self.deep:
+            yield d, h, slice(tap, tap + self.many[2])
 
 
 class Sizes(NamedTuple):
@@ -88,7 +103,7 @@ class Program(NamedTuple):
     sizes: Sizes
     in_place: int | None  # where its grid is in the value, if it is a run of rows as they lie
     inside: tuple[slice, ...]  # of the grid, for `rows` of the value
-    rows: tuple[slice, ...]
+    rows: Index
     products: list[tuple[int, int, int, int]]  # panel, first row of the grid, first row of the sums, rows
     region: Index  # of the output
     stores: list[tuple[Index, Index, int]]  # of the sums, of the output, slots of width that are stored together
@@ -152,9 +167,9 @@ class Kn2Row:
 
     @property
     def _largest(self) -> Sizes:
-        return self._sizes([cut.longest for cut in self.cuts])
+        return self.sizes([cut.longest for cut in self.cuts])
 
-    def _sizes(self, q: Sequence[int]) -> Sizes:
+    def sizes(self, q: Sequence[int]) -> Sizes:
         """Return the sizes of a block's grid and sums; a single plane needs no rows of height beside its own."""
         depth, height, width = (size + of_axis.reach for size, of_axis in zip(q, self.slots, strict=True))
         pitch = height if q[0] > 1 else q[1]
@@ -172,33 +187,38 @@ class Kn2Row:
         rows = q[0] * h * w
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         channels = problem.cout / len(self.channels)
-        total = boxes * sum(
-            gemm_s(rows * landing, panel.taps * channels, problem.cin, spilled=spilled) for panel in self._all_panels
-        )
+        total = boxes * self.products_s(rows * landing, spilled=spilled)
         total += boxes * len(self.groups) * copy_s(rows * self._columns, rows)
         if any(of_axis.reach for of_axis in self.slots):
             grid = math.prod(size + of_axis.reach for size, of_axis in zip(q, self.slots, strict=True))
             total += boxes * len(self.groups) * copy_s(2 * grid * problem.cin, w * problem.cin)
-        stores = self.count * max(1, self._columns // self.channels.longest // max(1, len(self._lanes)))
+        stores = self.count * max(1, self._columns // self.channels.longest // self.lanes)
         values = math.prod(problem.output_shape) / stores
-        run = channels * max((stop - start for start, stop in self._lanes), default=1)
+        run = channels * self.lanes
         total += stores * copy_s(values, run, spilled=True, strided=problem.layout == "NCDHW" and axes[2].stride > 1)
         packed = self.packed_values
         return total + copy_s(packed, problem.cin * problem.cout, steps=math.prod(problem.kernel) if packed else 0)
 
+    def products_s(self, rows: float, *, spilled: bool) -> float:
+        """Return the estimated time of one product for each panel."""
+        channels = self.problem.cout / len(self.channels)
+        return sum(
+            len(p.deep)
+            * gemm_s(rows / len(p.deep), p.wide * channels, len(p.deep) * self.problem.cin, spilled=spilled)
+            for p in self._all_panels
+        )
+
     @property
     def reason(self) -> str:
-        taps = max((panel.taps for panel in self._all_panels), default=0)
+        taps = max((panel.wide for panel in self._all_panels), default=0)
         packed = ", filter packed" if self.packs else ""
         return f"GEMMs of up to {taps} taps and {self._largest.rows} rows added straight to the sums of phases{packed}"
 
     @property
-    def _lanes(self) -> list[Range]:
-        """Ranges of slots of width that lie side by side in the output."""
-        w = self.slots[2]
-        if len(w.offsets) == self.axes[2].stride:
-            return [(0, len(w.offsets))]
-        return [(i, i + 1) for i in range(len(w.offsets))]
+    def lanes(self) -> int:
+        """Slots of width that lie side by side in the output."""
+        slots = len(self.slots[2].offsets)
+        return slots if slots == self.axes[2].stride else 1
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Copy the filter into the order in which GEMMs take it: channels of a block, panels, taps."""
@@ -208,9 +228,10 @@ class Kn2Row:
         for start, stop in self.channels:
             part = packed[start * total * problem.cin : stop * total * problem.cin].reshape(total, -1, problem.cin)
             for panel in self._all_panels:
-                box = (slice(tap, tap + many) for tap, many in zip(panel.tap, panel.many, strict=True))
                 to = part[panel.first : panel.first + panel.taps]
-                np.copyto(to.reshape(*panel.many, *to.shape[1:]), taps[(*box, slice(start, stop))], casting="unsafe")
+                to = to.reshape(*panel.many, stop - start, len(panel.deep), problem.cin)
+                for i, box in enumerate(panel.boxes()):
+                    np.copyto(to[..., i, :], taps[(*box, slice(start, stop))], casting="unsafe")
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
@@ -227,7 +248,9 @@ class Kn2Row:
         first = problem.layout == "NCDHW"
         if program.in_place is None:
             grid, ld = workspace.take(sizes.grid_rows * cin), sizes.grid_rows
-            self._fill(grid, program, operands.value)
+            coarse = [axis.coarse for axis in self.axes]
+            value = five(problem.layout, operands.value, problem.batch, coarse, cin)[program.rows]
+            fill(as_rows(problem, grid), sizes.grid, program.inside, value)
             source = address(grid)
         else:
             ld = math.prod(axis.coarse for axis in self.axes)
@@ -239,18 +262,7 @@ class Kn2Row:
         taps = operands.packed if self.packs else operands.filter
         per_channel = taps.size // (problem.cout * cin) if self.packs else 1
         taps_at = address(taps) + block.channels[0] * per_channel * cin * item
-        for number, shifted, row, m in program.products:
-            panel = self.panels[block.group][number]
-            n = panel.taps * channels
-            d, h, w = panel.slot
-            column = (((d - group[0]) * lanes[1] + h) * lanes[2] + w) * channels
-            at = taps_at + self._offset(panel, channels) * cin * item
-            if first:
-                gemm(n, m, cin, at, cin, False, source + shifted * item, ld, False,
-                     to + (column * sizes.rows + row) * item, sizes.rows, True)  # fmt: skip
-            else:
-                gemm(m, n, cin, source + shifted * cin * item, cin, False, at, cin, True,
-                     to + (row * columns + column) * item, columns, True)  # fmt: skip
+        self.multiply(gemm, block.group, channels, program.products, source, ld, to, sizes.rows, taps_at)
         if clock:
             clock("gemm")
         if problem.dtype.kind == "c":
@@ -271,26 +283,37 @@ class Kn2Row:
         if clock:
             clock("store")
 
+    def multiply(
+        self, gemm: Gemm, group: int, channels: int, products: Sequence[tuple[int, int, int, int]],
+        grid_at: int, grid_ld: int, sums_at: int, sums_rows: int, taps_at: int,
+    ) -> None:  # fmt: skip
+        """Add the products of a block to its sums."""
+        cin, item = self.problem.cin, gemm.itemsize
+        first_slot = self.groups[group][0]
+        high, wide = len(self.slots[1].offsets), len(self.slots[2].offsets)
+        columns = (self.groups[group][1] - first_slot) * high * wide * channels
+        transposed = self.problem.layout == "NCDHW"
+        for number, shifted, row, m in products:
+            panel = self.panels[group][number]
+            n, deep = panel.wide * channels, len(panel.deep)
+            d, h, w = panel.slot
+            column = (((d - first_slot) * high + h) * wide + w) * channels
+            at = taps_at + self._offset(panel, channels) * cin * item
+            if transposed:
+                gemm(n, m, cin, at, cin, False, grid_at + shifted * item, grid_ld, False,
+                     sums_at + (column * sums_rows + row) * item, sums_rows, True)  # fmt: skip
+                continue
+            # Every deep-th row with the rows that follow it: BLAS takes no rows that overlap.
+            for i in range(deep):
+                gemm((m - i + deep - 1) // deep, n, deep * cin, grid_at + (shifted + i) * cin * item, deep * cin, False,
+                     at, deep * cin, True, sums_at + ((row + i) * columns + column) * item, deep * columns, True)  # fmt: skip
+
     def _offset(self, panel: Panel, channels: int) -> int:
         """Return the first row of a panel in the filter."""
         if self.packs:
             return panel.first * channels
         _, h, w = (axis.kernel for axis in self.axes)
         return ((panel.tap[0] * h + panel.tap[1]) * w + panel.tap[2]) * self.problem.cout
-
-    def _fill(self, grid: Array, program: Program, value: Array) -> None:
-        """Copy a block's rows of the value into its grid, with zeros around them."""
-        cin, used = self.problem.cin, math.prod(program.sizes.grid)
-        # Seen as [row, channel] in either layout.
-        rows = grid.reshape(cin, -1).T if self.problem.layout == "NCDHW" else grid.reshape(-1, cin)
-        rows[used:] = 0
-        box = rows[:used].reshape(*program.sizes.grid, cin)
-        part = box[program.inside]
-        if part.shape != box.shape:
-            box[...] = 0
-        coarse = [axis.coarse for axis in self.axes]
-        source = five(self.problem.layout, value, self.problem.batch, coarse, cin)[program.rows]
-        np.copyto(part, source, casting="unsafe")
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for schedules of few steps, where making it would take long."""
@@ -303,7 +326,7 @@ class Kn2Row:
 
     def _made(self, block: Block) -> Program:
         spans = block[1:4]
-        sizes = self._sizes([stop - start for start, stop in spans])
+        sizes = self.sizes([stop - start for start, stop in spans])
         inside: list[slice] = []
         rows: list[slice] = []
         for axis, of_axis, (start, stop) in zip(self.axes, self.slots, spans, strict=True):
@@ -317,11 +340,12 @@ class Kn2Row:
         )
         products = []
         for number, panel in enumerate(self.panels[block.group]):
-            found = self._product(panel, spans, sizes)
+            found = self.product(panel, spans, sizes)
             if found is not None:
                 products.append((number, *found))
         in_place = self._in_place(block.batch, rows, sizes)
-        return Program(sizes, in_place, tuple(inside), (block.batch, *rows), products, region, list(self._stores(block)))
+        where: Index = (block.batch, *rows)
+        return Program(sizes, in_place, tuple(inside), where, products, region, list(self._stores(block)))
 
     def _in_place(self, batch: int, rows: Sequence[slice], sizes: Sizes) -> int | None:
         """Return where a block's grid begins in the value, in values, or None if it is not there as it is."""
@@ -332,13 +356,14 @@ class Kn2Row:
         whole = [n == size for n, size in zip(found, coarse, strict=True)]
         if tuple(found) != sizes.grid or not (whole[2] or found[:2] == [1, 1]) or not (whole[1] or found[0] == 1):
             return None
-        position = (rows[0].start * coarse[1] + rows[1].start) * coarse[2] + rows[2].start
+        d, h, w = (int(row.start) for row in rows)
+        position = (d * coarse[1] + h) * coarse[2] + w
         space = math.prod(coarse)
         if self.problem.layout == "NCDHW":
             return batch * self.problem.cin * space + position
         return (batch * space + position) * self.problem.cin
 
-    def _product(self, panel: Panel, spans: Sequence[Range], sizes: Sizes) -> tuple[int, int, int] | None:
+    def product(self, panel: Panel, spans: Sequence[Range], sizes: Sizes) -> tuple[int, int, int] | None:
         """Return the first row of a panel's product in the grid and in the sums, and how many rows it has, if any."""
         (_, height, width), pitch = sizes.grid, sizes.pitch
         lands = []
@@ -364,6 +389,22 @@ class Kn2Row:
                     yield where, (d.fine, h.fine, fine), together
 
 
+def as_rows(problem: Problem, grid: Array) -> Array:
+    """View a grid as [row, channel], in either layout."""
+    return grid.reshape(problem.cin, -1).T if problem.layout == "NCDHW" else grid.reshape(-1, problem.cin)
+
+
+def fill(rows: Array, sizes: tuple[int, int, int], inside: tuple[slice, ...], value: Array) -> None:
+    """Copy a box of the value into the rows of a grid, with zeros around it."""
+    used = math.prod(sizes)
+    rows[used:] = 0
+    box = rows[:used].reshape(*sizes, rows.shape[1])
+    part = box[inside]
+    if part.shape != box.shape:
+        box[...] = 0
+    np.copyto(part, value, casting="unsafe")
+
+
 def side_by_side(axis: Axis, of_axis: Slots, found: Sequence[Place]) -> Iterator[tuple[int, slice, slice, int]]:
     """Yield places of width: first slot, q, fine positions, slots; all slots as one where they fill the output."""
     slots = len(of_axis.offsets)
@@ -383,19 +424,28 @@ def side_by_side(axis: Axis, of_axis: Slots, found: Sequence[Place]) -> Iterator
         yield place.slot, place.q, place.fine, 1
 
 
-def panels(of_axes: Sequence[Slots], group: Range, channels: int, first: int) -> list[Panel]:
-    """Return the GEMMs of a group of slots of depth: moves, joined as long as their columns are neighbours and few."""
+def panels(of_axes: Sequence[Slots], group: Range, channels: int, cin: int, first: int) -> list[Panel]:
+    """Return the GEMMs of a group of slots of depth: moves, joined as long as their columns are neighbours and few.
+
+    Moves of width that reach the same slots from neighbouring rows are joined along k; not for a `cin` of 0.
+    """
     found: list[Panel] = []
     depth, height, width = of_axes
     inner = len(height.offsets), len(width.offsets)
-    for d, h, w in product(depth.within(group), height.moves, width.moves):
+    along_w = [(move, (move.tap,)) for move in width.moves]
+    by_row = sorted(width.moves, key=lambda move: -move.shift)
+    same = {(move.slot, move.many) for move in by_row}
+    neighbours = all(a.shift == b.shift + 1 for a, b in pairwise(by_row))
+    if 0 < cin * len(by_row) <= _DEEP and len(by_row) > 1 and len(same) == 1 and neighbours:
+        along_w = [(by_row[0], tuple(move.tap for move in by_row))]
+    for d, h, (w, deep) in product(depth.within(group), height.moves, along_w):
         join_h = w.many == inner[1] and w.many * channels < _ENOUGH_COLUMNS
         join_d = join_h and h.many == inner[0] and w.many * h.many * channels < _ENOUGH_COLUMNS
         many = (d.many if join_d else 1, h.many if join_h else 1, w.many)
         for i, j in product(range(0, d.many, many[0]), range(0, h.many, many[1])):
             tap, slot = (d.tap + i, h.tap + j, w.tap), (d.slot + i, h.slot + j, w.slot)
-            found.append(Panel(tap, many, slot, (d.shift, h.shift, w.shift), first))
-            first += math.prod(many)
+            found.append(Panel(tap, many, slot, (d.shift, h.shift, w.shift), first, deep))
+            first += found[-1].taps
     return found
 
 
@@ -405,9 +455,12 @@ def schedule(problem: Problem, machine: Machine) -> Kn2Row:
     axes = canonical(problem.axes)
     of_axes = slots(axes[0]), slots(axes[1]), slots(axes[2])
     counts = [of_axis.count for of_axis in of_axes]
-    unreached = any(len(of_axis.offsets) < min(a.stride, a.fine) for a, of_axis in zip(axes, of_axes, strict=True))
+    gaps = any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True))
     deep = len(of_axes[0].offsets)
-    groupings = {((0, deep),), tuple((i, i + 1) for i in range(deep))} if deep > 1 and not unreached else {((0, deep),)}
+    groupings = {((0, deep),), tuple((i, i + 1) for i in range(deep))} if deep > 1 and not gaps else {((0, deep),)}
+
+    # With channels first the rows of a tap are not beside those of the next.
+    cin = problem.cin if problem.layout == "NDHWC" else 0
 
     def candidate(positions: int, groups: tuple[Range, ...], parts: int) -> Kn2Row:
         chunks = (positions // (counts[1] * counts[2]), positions // counts[2], positions)
@@ -416,15 +469,14 @@ def schedule(problem: Problem, machine: Machine) -> Kn2Row:
         of_groups: list[tuple[Panel, ...]] = []
         first = 0
         for group in groups:
-            of_groups.append(tuple(panels(of_axes, group, channels.longest, first)))
+            of_groups.append(tuple(panels(of_axes, group, channels.longest, cin, first)))
             first += sum(panel.taps for panel in of_groups[-1])
         every = [panel for of_group in of_groups for panel in of_group]
         packs = problem.dtype != problem.compute_dtype or any(
-            panel.many[0] * panel.many[1] > 1 or (panel.many[2] > 1 and len(channels) > 1) for panel in every
+            panel.many[0] * panel.many[1] * len(panel.deep) > 1 or (panel.many[2] > 1 and len(channels) > 1)
+            for panel in every
         )
-        return Kn2Row(
-            problem, axes, of_axes, unreached, (d, h, w), groups, tuple(of_groups), channels, packs
-        )
+        return Kn2Row(problem, axes, of_axes, gaps, (d, h, w), groups, tuple(of_groups), channels, packs)
 
     every = math.prod(counts)
     positions = sorted({min(n, every) for n in _POSITIONS})

@@ -126,6 +126,11 @@ def slots(axis: Axis, *, tiled: bool = True) -> Slots:
     return Slots(tuple(phase.offset for phase in found), -(-axis.fine // axis.stride), tuple(joined))
 
 
+def unreached(axis: Axis, of_axis: Slots) -> bool:
+    """Whether some fine position belongs to none of the slots."""
+    return len(of_axis.offsets) < min(axis.stride, axis.fine)
+
+
 class Place(NamedTuple):
     """A slot of an axis in a block: which q of it are inside the output, and where they are."""
 

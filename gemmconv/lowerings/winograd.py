@@ -1,0 +1,440 @@
+"""kn2row with minimal filtering along one axis: two neighbouring results for 3 or 4 products where the sum has 4 or 6.
+
+Winograd's F(2,2) and F(2,3) with the points 0, 1, -1 and infinity, along depth or height. A block's rows are combined
+to one grid for each point, the filter's taps along the axis to one filter for each point; kn2row adds the products of
+the other taps for each point; and the sums of the points are combined to results in place. Only halves and sums occur,
+so small whole numbers stay exact, and a result depends on no value but those its own taps reach. What rounding does is
+in docs/how-it-works.md. Inf and NaN would spread within a result's own values (Inf - Inf), and so would an overflow in
+between: a block with such a result raises NotFiniteError, and the plan starts again without minimal filtering.
+
+Source: S. Winograd, Arithmetic Complexity of Computations, SIAM 1980; for convolutional networks A. Lavin and S. Gray,
+arXiv:1509.09308.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    Array,
+    CannotLowerError,
+    Cut,
+    Index,
+    NotFiniteError,
+    Operands,
+    Range,
+    Workspace,
+    address,
+    aligned,
+    canonical,
+    five,
+    simplified,
+    store,
+)
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, most_workspace_bytes, pass_s
+from gemmconv.lowerings.kn2row import Kn2Row, as_rows, fill, panels, side_by_side
+from gemmconv.lowerings.phases import Move, Slots, places, slots, unreached
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# Positions of a block and cuts of the output channels that are weighed; channels are not cut below _WIDE.
+_POSITIONS = (64, 128, 256, 512, 1024, 2048)
+_PARTS = (1, 2, 4, 8)
+_WIDE = 64
+_L2_SHARE = 0.75
+_TILE = 2  # results that the points give
+# The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
+_MOST_PACKED = 32 << 20
+
+
+class Line(NamedTuple):
+    """The taps of one slot along the filtered axis, in the order of the rows they need."""
+
+    slot: int
+    taps: tuple[int, ...]
+    first: int  # the row that the first tap needs for q = 0
+
+    @property
+    def points(self) -> int:
+        return len(self.taps) + 1
+
+
+class Block(NamedTuple):
+    """A box of the output: batch entry, tiles or q in depth and height, slot of the filtered axis, output channels."""
+
+    batch: int
+    depth: Range
+    height: Range
+    line: int
+    channels: Range
+
+
+class Program(NamedTuple):
+    """What a block does."""
+
+    grid: tuple[int, int, int]
+    inside: tuple[slice, ...]
+    rows: Index
+    products: list[tuple[int, int, int, int]]
+    region: Index | None  # of the output, where there are gaps
+    stores: list[tuple[int, Index, Index, int]]  # which of a tile's results, of the sums, of the output, slots
+
+
+@dataclass(frozen=True, slots=True)
+class Winograd:
+    """A schedule; see the module. `inner` does what a point needs, with a trivial axis in place of the filtered one."""
+
+    problem: Problem
+    axes: tuple[Axis, Axis, Axis]
+    slots: tuple[Slots, Slots, Slots]
+    along: int  # the filtered axis: 0 for depth, 1 for height
+    lines: tuple[Line, ...]
+    cuts: tuple[Cut, Cut]  # of tiles or q in depth and height
+    inner: Kn2Row
+    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
+
+    wants_finite_filter = True
+
+    @property
+    def count(self) -> int:
+        return self.problem.batch * math.prod(map(len, self.cuts)) * len(self.lines) * len(self.inner.channels)
+
+    def block(self, index: int) -> Block:
+        """Return a block; those of the same rows follow each other."""
+        index, channels = divmod(index, len(self.inner.channels))
+        index, line = divmod(index, len(self.lines))
+        index, height = divmod(index, len(self.cuts[1]))
+        batch, depth = divmod(index, len(self.cuts[0]))
+        return Block(batch, self.cuts[0][depth], self.cuts[1][height], line, self.inner.channels[channels])
+
+    @property
+    def largest_product(self) -> int:
+        taps = max((panel.taps for panel in self.inner.panels[0]), default=0)
+        rows = math.prod(self._points([cut.longest for cut in self.cuts]))
+        return rows * taps * self.inner.channels.longest * self.problem.cin
+
+    @property
+    def workspace_bytes(self) -> int:
+        item, cin = self.problem.compute_dtype.itemsize, self.problem.cin
+        q = [cut.longest for cut in self.cuts]
+        most = max(self.lines, key=lambda line: line.points)
+        grid = math.prod(self._grid(q, most)) * cin
+        rows, sums = self._sizes(q)
+        points = most.points * aligned(rows * cin * item) + most.points * aligned(sums * self._columns * item)
+        return aligned(grid * item) + points
+
+    @property
+    def packed_values(self) -> int:
+        points = sum(line.points for line in self.lines)
+        return points * self._taps * self.problem.cout * self.problem.cin
+
+    @property
+    def _taps(self) -> int:
+        """Taps of the other axes."""
+        return sum(panel.taps for panel in self.inner.panels[0])
+
+    @property
+    def _columns(self) -> int:
+        lanes = math.prod(len(of_axis.offsets) for of_axis in self.inner.slots)
+        return lanes * self.inner.channels.longest
+
+    def _grid(self, q: Sequence[float], line: Line) -> Any:
+        """Return the sizes of the box of rows that a block needs, for tiles or q in depth and height."""
+        sizes = [n + of_axis.reach for n, of_axis in zip((*q, self.slots[2].count), self.slots, strict=True)]
+        sizes[self.along] = _TILE * q[self.along] + len(line.taps) - 1
+        return sizes[0], sizes[1], sizes[2]
+
+    def _points(self, q: Sequence[float]) -> Any:
+        """Return the sizes of the grid of one point."""
+        return self.inner.sizes((*q, self.slots[2].count)).grid  # type: ignore[arg-type]
+
+    def _sizes(self, q: Sequence[int]) -> tuple[int, int]:
+        """Return the rows of the grid and of the sums of one point."""
+        sizes = self.inner.sizes((*q, self.slots[2].count))
+        return sizes.grid_rows, sizes.rows
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
+        problem, inner = self.problem, self.inner
+        cin = problem.cin
+        q = [cut.size / len(cut) for cut in self.cuts]
+        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
+        boxes = problem.batch * math.prod(map(len, self.cuts)) * len(inner.channels)
+        d, h, w = self._points(q)
+        total = 0.0
+        for line in self.lines:
+            grid = math.prod(self._grid(q, line)) * cin
+            values = d * h * w * cin
+            sums = q[0] * q[1] * w * self._columns
+            gemms = line.points * inner.products_s(q[0] * (h if q[0] > 1 else q[1]) * w, spilled=spilled)
+            total += boxes * (gemms + copy_s(2 * grid, w * cin) + copy_s(line.points * sums, sums))
+            # Differences of rows are passes with three arrays, sums are combined in place.
+            total += boxes * line.points * 2 * pass_s(values, h * w * cin, spilled=spilled)
+            total += boxes * (2 * line.points - 2) * pass_s(sums, sums, spilled=spilled)
+        stores = self.count * max(1, self._columns // inner.channels.longest)
+        run = problem.cout / len(inner.channels) * inner.lanes
+        strided = problem.layout == "NCDHW" and self.axes[2].stride > 1
+        each = math.prod(problem.output_shape) / stores
+        total += stores * copy_s(each, run, spilled=True, strided=strided)
+        return total + copy_s(2 * self.packed_values, cin * problem.cout, steps=8 * len(inner.panels[0]))
+
+    @property
+    def reason(self) -> str:
+        taps = sorted({len(line.taps) for line in self.lines})
+        rows = math.prod(self._points([cut.longest for cut in self.cuts]))
+        kinds = " and ".join(f"F(2,{n})" for n in taps)
+        return f"kn2row with {kinds} along {('depth', 'height')[self.along]}, GEMMs of up to {rows} rows, filter packed"
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Combine the taps of the filtered axis, and lay them out as GEMMs take them: line, point, channels, panel."""
+        problem = self.problem
+        taps = filter.reshape(*(axis.kernel for axis in self.axes), problem.cout, problem.cin)
+        taps = np.moveaxis(taps, self.along, 0)
+        each = self._taps * problem.cout * problem.cin
+        at = 0
+        for line in self.lines:
+            part = packed[at : at + line.points * each].reshape(line.points, each)
+            at += part.size
+            g = [np.expand_dims(taps[tap], self.along) for tap in line.taps]
+            for start, stop in self.inner.channels:
+                of_channels = part[:, start * self._taps * problem.cin : stop * self._taps * problem.cin]
+                of_channels = of_channels.reshape(line.points, self._taps, stop - start, problem.cin)
+                for panel in self.inner.panels[0]:
+                    u = of_channels[:, panel.first : panel.first + panel.taps]
+                    u = u.reshape(line.points, *panel.many, stop - start, len(panel.deep), problem.cin)
+                    for i, box in enumerate(panel.boxes()):
+                        combine_taps([x[(*box, slice(start, stop))] for x in g], u[..., i, :])
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        np.setbufsize(SMALLEST_BUFFER)
+        workspace.reset()
+        problem, cin, inner = self.problem, self.problem.cin, self.inner
+        block, program, clock = self.block(index), self._program(index), workspace.clock
+        line = self.lines[block.line]
+        channels = block.channels[1] - block.channels[0]
+        lanes = tuple(len(of_axis.offsets) for of_axis in inner.slots)
+        q = [stop - start for start, stop in block[1:3]]
+        sizes = inner.sizes((*q, self.slots[2].count))
+        sums = [workspace.take(sizes.rows * math.prod(lanes) * channels) for _ in range(line.points)]
+        for z in sums:
+            z[...] = 0  # so that a sum of -0.0 becomes +0.0
+        grids = [workspace.take(sizes.grid_rows * cin) for _ in range(line.points)]
+        coarse = [axis.coarse for axis in self.axes]
+        value = five(problem.layout, operands.value, problem.batch, coarse, cin)[program.rows]
+        rows = as_rows(problem, workspace.take(math.prod(program.grid) * cin))
+        fill(rows, program.grid, program.inside, value)
+        x = np.moveaxis(rows.reshape(*program.grid, cin), self.along, 0)
+        v = []
+        for grid in grids:
+            of_point = as_rows(problem, grid)
+            used = math.prod(sizes.grid)
+            of_point[used:] = 0
+            v.append(np.moveaxis(of_point[:used].reshape(*sizes.grid, cin), self.along, 0))
+        combine_rows(x, v)
+        if clock:
+            clock("pack")
+        item = workspace.gemm.itemsize
+        before = sum(other.points for other in self.lines[: block.line])
+        for point, (grid, z) in enumerate(zip(grids, sums, strict=True)):
+            rows_before = (before + point) * self._taps * problem.cout + block.channels[0] * self._taps
+            taps_at = address(operands.packed) + rows_before * cin * item
+            inner.multiply(
+                workspace.gemm, 0, channels, program.products, address(grid), sizes.grid_rows, address(z), sizes.rows,
+                taps_at,
+            )  # fmt: skip
+        if clock:
+            clock("gemm")
+        combine_sums(sums)
+        results = sums[:_TILE]
+        for z in results:
+            if problem.dtype.kind == "c":
+                z += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
+            if not np.isfinite(np.add.reduce(z)):
+                raise NotFiniteError
+        if clock:
+            clock("col2im")
+        shape = (q[0], sizes.pitch, sizes.grid[2])
+        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
+        output = output[block.batch, ..., slice(*block.channels)]
+        if program.region is not None:
+            output[program.region] = 0
+        for which, where, cells, together in program.stores:
+            if problem.layout == "NCDHW":
+                by_row = np.moveaxis(results[which].reshape(*lanes, channels, *shape), (4, 5, 6), (0, 1, 2))
+            else:
+                by_row = results[which].reshape(*shape, *lanes, channels)
+            target = output[cells]
+            # Splitting an axis in two never copies.
+            store(target.reshape(*target.shape[:2], -1, together, target.shape[3]), by_row[where])
+        if clock:
+            clock("store")
+
+    def _program(self, index: int) -> Program:
+        """Return what a block does: made once for schedules of few steps, where making it would take long."""
+        program = self.programs.get(index)
+        if program is None:
+            program = self._made(self.block(index))
+            if (len(program.products) + len(program.stores)) * self.count <= MOST_STEPS_KEPT:
+                self.programs[index] = program
+        return program
+
+    def _made(self, block: Block) -> Program:
+        line = self.lines[block.line]
+        spans = [block.depth, block.height, (0, self.slots[2].count)]
+        grid = self._grid([stop - start for start, stop in spans[:2]], line)
+        inside: list[slice] = []
+        rows: list[slice] = []
+        for i, (axis, of_axis, (start, _)) in enumerate(zip(self.axes, self.slots, spans, strict=True)):
+            origin = start * _TILE + line.first if i == self.along else start - of_axis.shifts[1]
+            first, last = max(0, origin), min(axis.coarse, origin + grid[i])
+            inside.append(slice(first - origin, max(first, last) - origin))
+            rows.append(slice(first, max(first, last)))
+        # A point's products: along the filtered axis every tile is there.
+        spans_of_point = list(spans)
+        spans_of_point[self.along] = (0, spans[self.along][1] - spans[self.along][0])
+        sizes = self.inner.sizes([stop - start for start, stop in spans_of_point])
+        products = []
+        for number, panel in enumerate(self.inner.panels[0]):
+            found = self.inner.product(panel, spans_of_point, sizes)
+            if found is not None:
+                products.append((number, *found))
+        stores = [store for which in range(_TILE) for store in self._stores(block, line, which)]
+        region = None
+        if any(unreached(axis, of_axis) for axis, of_axis in zip(self.axes, self.slots, strict=True)):
+            spans[self.along] = (_TILE * spans[self.along][0], _TILE * spans[self.along][1])
+            region = tuple(slice(*s.span(a, q)) for a, s, q in zip(self.axes, self.slots, spans, strict=True))
+        where: Index = (block.batch, *rows)
+        return Program(grid, tuple(inside), where, products, region, stores)
+
+    def _stores(self, block: Block, line: Line, which: int) -> list[tuple[int, Index, Index, int]]:
+        """Return where one of the results of every tile is stored."""
+        axis, of_axis = self.axes[self.along], self.slots[self.along]
+        spans = block.depth, block.height
+        start, stop = spans[self.along]
+        # Tile t of result `which` is q = t * 2 + which, and so fine position q * stride + offset.
+        step = axis.stride * _TILE
+        offset = of_axis.offsets[line.slot] + which * axis.stride
+        last = min(stop, -((offset - axis.fine) // step))
+        if last <= start:
+            return []
+        tiles = slice(0, last - start)
+        fine = slice(start * step + offset, (last - 1) * step + offset + 1, step)
+        other = 1 - self.along
+        found = []
+        along_w = list(places(self.axes[2], self.slots[2], (0, self.slots[2].count)))
+        for place in places(self.axes[other], self.slots[other], spans[other]):
+            for w, q, fine_w, together in side_by_side(self.axes[2], self.slots[2], along_w):
+                taken, put, slot = [tiles, tiles], [fine, fine], [0, 0]
+                taken[other], put[other], slot[other] = place.q, place.fine, place.slot
+                found.append((which, (*taken, q, *slot, slice(w, w + together)), (*put, fine_w), together))
+        return found
+
+
+def combine_taps(g: Sequence[Array], u: Array) -> None:
+    """Combine taps, in the order of their rows, to a filter for each point."""
+    np.copyto(u[0], g[0], casting="unsafe")
+    np.copyto(u[-1], g[-1], casting="unsafe")
+    np.add(u[0], u[-1], out=u[1])
+    if len(g) == 3:
+        u[1] *= 0.5
+        half = g[1].astype(u.dtype) * u.dtype.type(0.5)
+        np.subtract(u[1], half, out=u[2])
+        u[1] += half
+
+
+def combine_rows(x: Array, v: Sequence[Array]) -> None:
+    """Combine rows of the value, along the first axis, to rows for each point."""
+    tiles = len(v[0])
+    a, b, c = (x[i : i + 2 * tiles - 1 : 2] for i in range(3))
+    if len(v) == 3:
+        np.subtract(a, b, out=v[0])
+        np.copyto(v[1], b)
+        np.subtract(c, b, out=v[2])
+        return
+    d = x[3 : 3 + 2 * tiles - 1 : 2]
+    np.subtract(a, c, out=v[0])
+    np.add(b, c, out=v[1])
+    np.subtract(c, b, out=v[2])
+    np.subtract(b, d, out=v[3])
+
+
+def combine_sums(z: Sequence[Array]) -> None:
+    """Combine the sums of the points to the two results of every tile, in place of the first two."""
+    z[0] += z[1]
+    if len(z) == 3:
+        z[1] += z[2]
+        return
+    z[0] += z[2]
+    z[1] -= z[2]
+    z[1] -= z[3]
+
+
+def schedule(problem: Problem, machine: Machine) -> Winograd:
+    """Choose axis and blocks for a problem by cost, or raise CannotLowerError where no axis can be filtered."""
+    problem = simplified(problem)
+    axes = canonical(problem.axes)
+    found: list[Winograd] = []
+    for along in (0, 1):
+        lines = lines_of(axes[along])
+        if lines is None:
+            continue
+        of_axes = [slots(axis, tiled=i != along) for i, axis in enumerate(axes)]
+        if len(lines) > 1 and any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True)):
+            continue  # a block would clear what belongs to others
+        for parts, positions in product(_PARTS, _POSITIONS):
+            if parts == 1 or problem.cout >= parts * _WIDE:
+                found.append(_candidate(problem, axes, of_axes, along, lines, positions, parts))
+    limit = most_workspace_bytes(machine)
+    found = [s for s in found if s.workspace_bytes <= limit]
+    item = problem.compute_dtype.itemsize
+    found = [s for s in found if s.packed_values * item <= _MOST_PACKED]
+    if not found:
+        raise CannotLowerError(
+            f"{problem.operation}: algorithm='winograd' cannot do this problem: it needs 2 or 3 neighbouring taps of a "
+            f"phase along depth or height and no gaps, kernel {'x'.join(map(str, problem.kernel))}, and blocks of at "
+            f"most {limit} bytes; 'col2im' and 'auto' can"
+        )
+    return best(found, machine)
+
+
+def _candidate(
+    problem: Problem, axes: tuple[Axis, Axis, Axis], of_axes: Sequence[Slots], along: int, lines: tuple[Line, ...],
+    positions: int, parts: int,
+) -> Winograd:  # fmt: skip
+    counts = [of_axis.count for of_axis in of_axes]
+    counts[along] = -(-counts[along] // _TILE)
+    channels = Cut(problem.cout, -(-problem.cout // parts))
+    height = min(counts[1], max(1, positions // counts[2]))
+    depth = min(counts[0], max(1, positions // (counts[1] * counts[2])))
+    cuts = Cut(counts[0], depth), Cut(counts[1], height)
+    # For a point, the filtered axis is one of independent rows.
+    inner_axes, inner_slots = list(axes), list(of_axes)
+    inner_axes[along] = Axis(counts[along], counts[along], 1)
+    inner_slots[along] = Slots((0,), counts[along], (Move(0, 1, 0, 0),))
+    group = (0, len(inner_slots[0].offsets))
+    cin = problem.cin if problem.layout == "NDHWC" else 0
+    of_point = tuple(panels(inner_slots, group, channels.longest, cin, 0))
+    inner = Kn2Row(
+        problem, (inner_axes[0], inner_axes[1], inner_axes[2]), (inner_slots[0], inner_slots[1], inner_slots[2]), False,
+        (cuts[0], cuts[1], Cut(counts[2], counts[2])), (group,), (of_point,), channels, True,
+    )  # fmt: skip
+    return Winograd(problem, axes, (of_axes[0], of_axes[1], of_axes[2]), along, lines, cuts, inner)
+
+
+def lines_of(axis: Axis) -> tuple[Line, ...] | None:
+    """Return the taps of every slot of an axis, or None where minimal filtering does not fit them or gains nothing."""
+    of_axis = slots(axis, tiled=False)
+    found = []
+    for slot in range(len(of_axis.offsets)):
+        taps = sorted((-move.shift, move.tap) for move in of_axis.within((slot, slot + 1)))
+        rows = [row for row, _ in taps]
+        if len(taps) not in (2, 3) or rows != list(range(rows[0], rows[0] + len(rows))):
+            return None
+        found.append(Line(slot, tuple(tap for _, tap in taps), rows[0]))
+    return tuple(found) or None
