@@ -14,6 +14,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 _PYTHON_NUMBERS = (int, float, complex)
+# Asking a dtype for its name takes longer than a small product.
+_NATIVE = frozenset(np.dtype(name) for name in SUPPORTED if name != "bfloat16")
 
 
 def operands(function: str, value: Any, filter: Any) -> tuple[Array, Array, np.dtype[Any]]:
@@ -36,6 +38,17 @@ def operands(function: str, value: Any, filter: Any) -> tuple[Array, Array, np.d
     else:
         dtype = _supported(function, "value", value_array)
     return value_array, filter_array, common(function, value_array, filter_array)
+
+
+def operand(function: str, name: str, given: Any, dtype: np.dtype[Any]) -> Array:
+    """Return one operand as an array, unconverted, which must not make results of another dtype than `dtype`."""
+    array, is_weak = _array(function, name, given)
+    if is_weak:
+        array = _weak(function, name, given, _with_kind(dtype, array))
+    found = common(function, array, np.empty(0, dtype))
+    if found != dtype:
+        raise TypeError(f"{function}: {name} of {array.dtype} gives {found}, but the plan was made for {dtype}")
+    return array
 
 
 def common(function: str, value: Array, filter: Array) -> np.dtype[Any]:
@@ -65,6 +78,8 @@ def supported_dtype(function: str, dtype: Any) -> np.dtype[Any]:
 
 def converted(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return an operand C-contiguous, aligned and native in a dtype: itself, or one converted copy."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative:
+        return array if type(array) is np.ndarray else array.view(np.ndarray)
     with np.errstate(all="ignore"):
         return np.require(np.asarray(array), dtype, ("C", "A"))
 
@@ -135,7 +150,10 @@ def _with_kind(dtype: np.dtype[Any], weak: Array) -> np.dtype[Any]:
 
 
 def _supported(function: str, name: str, array: Array) -> np.dtype[Any]:
-    text, dtype = f"{function}: {name}", array.dtype
+    dtype = array.dtype
+    if dtype in _NATIVE and dtype.isnative:
+        return dtype
+    text = f"{function}: {name}"
     if dtype.name in SUPPORTED:
         return dtype if dtype.isnative else dtype.newbyteorder("=")
     if dtype.kind in "iub":

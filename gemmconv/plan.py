@@ -55,6 +55,9 @@ class Plan:
         The `algorithm` argument it was chosen for.
     workers : int
         The most threads a call uses.
+    estimates : tuple of (str, float or None)
+        The lowerings that were compared, each with its estimated seconds on one core, or None if it cannot do this
+        problem.
     """
 
     problem: Problem
@@ -63,6 +66,7 @@ class Plan:
     requested: str
     workers: int
     schedule: Schedule | None
+    estimates: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -111,8 +115,16 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of workspace of one call: columns, accumulators and widened operands of all its workers."""
-        return 0 if self.schedule is None else self.schedule.workspace_bytes * self.used_workers
+        """Bytes of workspace of one call: columns, sums and rows of all its workers, and the packed filter if any."""
+        if self.schedule is None:
+            return 0
+        return self.schedule.workspace_bytes * self.used_workers + self.packed_bytes
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the filter as a call packs it; 0 where it is used as it lies."""
+        values = 0 if self.schedule is None else self.schedule.packed_values
+        return values * self.problem.compute_dtype.itemsize
 
     def __str__(self) -> str:
         p = self.problem
@@ -127,7 +139,8 @@ class Plan:
             "algorithm": self.algorithm,
             "reason": self.reason,
             "blocks": f"{self.blocks}, enough for {self.feeds} workers, run by {self.used_workers}",
-            "workspace": f"{self.workspace_bytes / 2**20:.2f} MiB",
+            "estimates": ", ".join(f"{name} {_ms(time_s)}" for name, time_s in self.estimates) or "none",
+            "workspace": f"{self.workspace_bytes / 2**20:.2f} MiB, {self.packed_bytes / 2**20:.2f} MiB a packed filter",
             "work": f"{self.flops / 1e9:.4g} GFLOP",
             "memory": f"{self.bytes_moved / 2**20:.4g} MiB read and written, {intensity:.3g} FLOP a byte",
         }
@@ -161,8 +174,7 @@ class Plan:
             ("value", x, self.problem.value_shape),
             ("filter", w, self.problem.filter_shape),
         ):
-            if array.shape != shape:
-                raise ValueError(f"{name}: {argument} has shape {array.shape}, but the plan was made for {shape}")
+            self._check(name, argument, array, shape)
         if dtype != self.dtype:
             raise TypeError(
                 f"{name}: value of {x.dtype} and filter of {w.dtype} give {dtype}, "
@@ -170,8 +182,52 @@ class Plan:
             )
         return self.execute(name, x, w, out, progress)
 
+    def prepare(self, filter: Any) -> Prepared:
+        """Take a filter once, for many values: what calls do with the filter beforehand is done here.
+
+        Parameters
+        ----------
+        filter : array_like
+            Of the problem's `filter_shape`. It is copied, so later changes to it have no effect.
+
+        Returns
+        -------
+        Prepared
+            Call it as ``prepared(value, out=None)``. Results have the bits of the plan's.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the filter does not fit the plan.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from gemmconv import plan_conv3d_transpose
+        >>> plan = plan_conv3d_transpose([1, 4, 4, 4, 3], [2, 2, 2, 5, 3], strides=2)
+        >>> layer = plan.prepare(np.ones((2, 2, 2, 5, 3), np.float32))
+        >>> layer(np.ones((1, 4, 4, 4, 3), np.float32)).sum()
+        np.float32(7680.0)
+        """
+        name = f"plan of {self.problem.operation}"
+        w = arrays.operand(name, "filter", filter, self.dtype)
+        self._check(name, "filter", w, self.problem.filter_shape)
+        kept = arrays.converted(w, self.problem.dtype).copy()
+        packed = self._packed(self.schedule, kept) if self.schedule is not None else np.empty(0, self.dtype)
+        return Prepared(self, kept, packed)
+
+    def _check(self, name: str, argument: str, array: Array, shape: tuple[int, ...]) -> None:
+        if array.shape != shape:
+            raise ValueError(f"{name}: {argument} has shape {array.shape}, but the plan was made for {shape}")
+
     def execute(
-        self, function: str, value: Array, filter: Array, out: Array | None, progress: Progress | None = None
+        self,
+        function: str,
+        value: Array,
+        filter: Array,
+        out: Array | None,
+        progress: Progress | None = None,
+        packed: Array | None = None,
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
         start_s = time.perf_counter()
@@ -186,7 +242,7 @@ class Plan:
         if self.schedule is None:
             result[...] = 0
         else:
-            self._run(self.schedule, operands[0], operands[1], result, progress, start_s)
+            self._run(self.schedule, operands[0], operands[1], result, progress, start_s, packed)
         if out is None or target is None:
             return result
         if target is not result:
@@ -194,12 +250,20 @@ class Plan:
         return out
 
     def _run(
-        self, schedule: Schedule, value: Array, filter: Array, result: Array, progress: Progress | None, start_s: float
+        self,
+        schedule: Schedule,
+        value: Array,
+        filter: Array,
+        result: Array,
+        progress: Progress | None,
+        start_s: float,
+        packed: Array | None = None,
     ) -> None:
         looking = profile.current()
         again = LOWERINGS["col2im"]
         pack_s = time.perf_counter()
-        packed = self._packed(schedule, filter)
+        if packed is None:
+            packed = self._packed(schedule, filter)
         pack_s = time.perf_counter() - pack_s if packed.size else 0.0
         if schedule.wants_finite_filter and not _finite(packed if packed.size else filter):
             # Zeros around the value times Inf or NaN would be NaN where no tap reaches: col2im forms no such products.
@@ -251,10 +315,30 @@ class Plan:
         return packed
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with its filter, to be called with values; see `Plan.prepare`."""
+
+    plan: Plan
+    filter: Array
+    packed: Array
+
+    def __call__(self, value: Any, out: Array | None = None) -> Array:
+        """Compute the result for a value of the plan's shape, into `out` or a new array."""
+        name = f"plan of {self.plan.problem.operation}"
+        x = arrays.operand(name, "value", value, self.plan.dtype)
+        self.plan._check(name, "value", x, self.plan.problem.value_shape)
+        return self.plan.execute(name, x, self.filter, out, packed=self.packed)
+
+
 def _finite(array: Array) -> bool:
     """Whether all values are finite, as far as their sum shows it: False also where that overflows."""
     with np.errstate(all="ignore"):
         return bool(np.isfinite(np.add.reduce(array, axis=None)))
+
+
+def _ms(time_s: float | None) -> str:
+    return "cannot" if time_s is None else f"{time_s * 1e3:.3g} ms"
 
 
 def _by(numbers: Any) -> str:
@@ -266,15 +350,19 @@ def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) 
     """Return the plan for a problem; `algorithm` is 'auto' or the name of a lowering."""
     if problem.empty:
         return Plan(problem, machine, "col2im" if algorithm == "auto" else algorithm, algorithm, workers, None)
-    found = {}
+    found: dict[str, Schedule] = {}
+    costs: dict[str, float | None] = {}
     for name in LOWERINGS if algorithm == "auto" else (algorithm,):
         try:
             found[name] = LOWERINGS[name](problem, machine)
         except CannotLowerError:
             if algorithm != "auto":
                 raise
-    chosen = min(found, key=lambda name: total_s(found[name], machine))
-    return Plan(problem, machine, chosen, algorithm, workers, found[chosen])
+            costs[name] = None
+        else:
+            costs[name] = total_s(found[name], machine)
+    chosen = min(found, key=lambda name: costs[name] or 0.0)
+    return Plan(problem, machine, chosen, algorithm, workers, found[chosen], tuple(costs.items()))
 
 
 def clear_cache() -> None:

@@ -182,7 +182,7 @@ class ByRows(AsItLies):
         )
         program = self._program(index)
         if self.channels_last:
-            sums = np.moveaxis(workspace.take(*program.shape[1:], program.shape[0]), -1, 0)
+            sums = workspace.take(*program.shape[1:], program.shape[0]).transpose(7, 0, 1, 2, 3, 4, 5, 6)
         else:
             sums = workspace.take(*program.shape)
         sums[...] = 0

@@ -69,11 +69,8 @@ def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
 
 def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
     """Return the time to add values in inner loops of `run` values."""
-    if run < SHORT_RUN:
-        each = _BUFFERED_VALUE_S + _BUFFERED_RUN_S / max(1, run)
-    else:
-        each = _VALUE_S + _RUN_S / run
-    return STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
+    value_s, run_s = (_BUFFERED_VALUE_S, _BUFFERED_RUN_S) if run < SHORT_RUN else (_VALUE_S, _RUN_S)
+    return STEP_S + values * (value_s + run_s / max(1, run) + spilled * _SPILLED_VALUE_S)
 
 
 def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,8 @@ from gemmconv.lowerings.base import (
     store,
 )
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes
-from gemmconv.lowerings.phases import Place, Slots, places, slots, unreached
+from gemmconv.lowerings.grids import Panel, Sizes, as_rows, fill, panels, side_by_side
+from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -43,11 +44,6 @@ from gemmconv.problem import Axis, Problem
 _POSITIONS = (32, 64, 128, 256, 512, 1024, 2048)
 _PARTS = (1, 2, 4, 8, 16, 32, 64)
 _WIDE = 64
-# Slots of height and depth are joined in one GEMM up to this many columns: beyond it GEMM hardly gains, and the
-# filter would be copied for nothing.
-_ENOUGH_COLUMNS = 256
-# Taps are joined along k up to this length: beyond it GEMM hardly gains.
-_DEEP = 256
 _L2_SHARE = 0.75
 
 
@@ -60,41 +56,6 @@ class Block(NamedTuple):
     width: Range
     group: int  # of slots of depth
     channels: Range
-
-
-class Panel(NamedTuple):
-    """The taps of one GEMM: `many` consecutive ones on each axis, and the first slot each of them reaches."""
-
-    tap: tuple[int, int, int]
-    many: tuple[int, int, int]
-    slot: tuple[int, int, int]
-    shift: tuple[int, int, int]
-    first: int  # taps of panels before this one, where the filter is packed
-    deep: tuple[int, ...]  # first taps of width that are joined along k, for neighbouring rows
-
-    @property
-    def wide(self) -> int:
-        """Taps side by side, in the columns of one GEMM."""
-        return math.prod(self.many)
-
-    @property
-    def taps(self) -> int:
-        return self.wide * len(self.deep)
-
-    def boxes(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Yield the taps of the filter, for one of the rows after the other."""
-        d, h = (slice(tap, tap + many) for tap, many in zip(self.tap[:2], self.many, strict=False))
-        for tap in self.deep:
-            yield d, h, slice(tap, tap + self.many[2])
-
-
-class Sizes(NamedTuple):
-    """A block's grid, its rows with those that shifts run over its end, and of its sums the rows of a plane and all."""
-
-    grid: tuple[int, int, int]
-    grid_rows: int
-    pitch: int  # lines of a plane of the sums
-    rows: int
 
 
 class Program(NamedTuple):
@@ -203,8 +164,7 @@ class Kn2Row:
         """Return the estimated time of one product for each panel."""
         channels = self.problem.cout / len(self.channels)
         return sum(
-            len(p.deep)
-            * gemm_s(rows / len(p.deep), p.wide * channels, len(p.deep) * self.problem.cin, spilled=spilled)
+            len(p.deep) * gemm_s(rows / len(p.deep), p.wide * channels, len(p.deep) * self.problem.cin, spilled=spilled)
             for p in self._all_panels
         )
 
@@ -305,8 +265,9 @@ class Kn2Row:
                 continue
             # Every deep-th row with the rows that follow it: BLAS takes no rows that overlap.
             for i in range(deep):
-                gemm((m - i + deep - 1) // deep, n, deep * cin, grid_at + (shifted + i) * cin * item, deep * cin, False,
-                     at, deep * cin, True, sums_at + ((row + i) * columns + column) * item, deep * columns, True)  # fmt: skip
+                source, to = grid_at + (shifted + i) * cin * item, sums_at + ((row + i) * columns + column) * item
+                every, k = (m - i + deep - 1) // deep, deep * cin
+                gemm(every, n, k, source, k, False, at, k, True, to, deep * columns, True)
 
     def _offset(self, panel: Panel, channels: int) -> int:
         """Return the first row of a panel in the filter."""
@@ -389,66 +350,6 @@ class Kn2Row:
                     yield where, (d.fine, h.fine, fine), together
 
 
-def as_rows(problem: Problem, grid: Array) -> Array:
-    """View a grid as [row, channel], in either layout."""
-    return grid.reshape(problem.cin, -1).T if problem.layout == "NCDHW" else grid.reshape(-1, problem.cin)
-
-
-def fill(rows: Array, sizes: tuple[int, int, int], inside: tuple[slice, ...], value: Array) -> None:
-    """Copy a box of the value into the rows of a grid, with zeros around it."""
-    used = math.prod(sizes)
-    rows[used:] = 0
-    box = rows[:used].reshape(*sizes, rows.shape[1])
-    part = box[inside]
-    if part.shape != box.shape:
-        box[...] = 0
-    np.copyto(part, value, casting="unsafe")
-
-
-def side_by_side(axis: Axis, of_axis: Slots, found: Sequence[Place]) -> Iterator[tuple[int, slice, slice, int]]:
-    """Yield places of width: first slot, q, fine positions, slots; all slots as one where they fill the output."""
-    slots = len(of_axis.offsets)
-    if slots > 1 and slots == axis.stride and len(found) == slots:
-        start, stop = max(place.q.start for place in found), min(place.q.stop for place in found)
-        if start < stop:
-            first = found[0].fine.start + (start - found[0].q.start) * axis.stride
-            yield 0, slice(start, stop), slice(first, first + (stop - start) * axis.stride), slots
-            for place in found:
-                for a, b in ((place.q.start, start), (stop, place.q.stop)):
-                    if a < b:
-                        first = place.fine.start + (a - place.q.start) * axis.stride
-                        fine = slice(first, first + (b - a - 1) * axis.stride + 1, axis.stride)
-                        yield place.slot, slice(a, b), fine, 1
-            return
-    for place in found:
-        yield place.slot, place.q, place.fine, 1
-
-
-def panels(of_axes: Sequence[Slots], group: Range, channels: int, cin: int, first: int) -> list[Panel]:
-    """Return the GEMMs of a group of slots of depth: moves, joined as long as their columns are neighbours and few.
-
-    Moves of width that reach the same slots from neighbouring rows are joined along k; not for a `cin` of 0.
-    """
-    found: list[Panel] = []
-    depth, height, width = of_axes
-    inner = len(height.offsets), len(width.offsets)
-    along_w = [(move, (move.tap,)) for move in width.moves]
-    by_row = sorted(width.moves, key=lambda move: -move.shift)
-    same = {(move.slot, move.many) for move in by_row}
-    neighbours = all(a.shift == b.shift + 1 for a, b in pairwise(by_row))
-    if 0 < cin * len(by_row) <= _DEEP and len(by_row) > 1 and len(same) == 1 and neighbours:
-        along_w = [(by_row[0], tuple(move.tap for move in by_row))]
-    for d, h, (w, deep) in product(depth.within(group), height.moves, along_w):
-        join_h = w.many == inner[1] and w.many * channels < _ENOUGH_COLUMNS
-        join_d = join_h and h.many == inner[0] and w.many * h.many * channels < _ENOUGH_COLUMNS
-        many = (d.many if join_d else 1, h.many if join_h else 1, w.many)
-        for i, j in product(range(0, d.many, many[0]), range(0, h.many, many[1])):
-            tap, slot = (d.tap + i, h.tap + j, w.tap), (d.slot + i, h.slot + j, w.slot)
-            found.append(Panel(tap, many, slot, (d.shift, h.shift, w.shift), first, deep))
-            first += found[-1].taps
-    return found
-
-
 def schedule(problem: Problem, machine: Machine) -> Kn2Row:
     """Choose the blocks for a problem, by the cost of every cut of positions, slots of depth and output channels."""
     problem = simplified(problem)
@@ -485,7 +386,7 @@ def schedule(problem: Problem, machine: Machine) -> Kn2Row:
     if found.workspace_bytes > (most := most_workspace_bytes(machine)):
         reach = "x".join(str(of_axis.reach) for of_axis in of_axes)
         raise CannotLowerError(
-            f"{problem.operation}: algorithm='kn2row' cannot do this problem: taps reach {reach} rows, so that the rows "
-            f"of a block take {found.workspace_bytes} bytes, more than {most}; 'col2im' and 'auto' can"
+            f"{problem.operation}: algorithm='kn2row' cannot do this problem: taps reach {reach} rows, so that a "
+            f"block's rows take {found.workspace_bytes} bytes, more than {most}; 'col2im' and 'auto' can"
         )
     return found

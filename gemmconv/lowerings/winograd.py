@@ -6,9 +6,6 @@ the other taps for each point; and the sums of the points are combined to result
 so small whole numbers stay exact, and a result depends on no value but those its own taps reach. What rounding does is
 in docs/how-it-works.md. Inf and NaN would spread within a result's own values (Inf - Inf), and so would an overflow in
 between: a block with such a result raises NotFiniteError, and the plan starts again without minimal filtering.
-
-Source: S. Winograd, Arithmetic Complexity of Computations, SIAM 1980; for convolutional networks A. Lavin and S. Gray,
-arXiv:1509.09308.
 """
 
 from __future__ import annotations
@@ -38,7 +35,9 @@ from gemmconv.lowerings.base import (
     store,
 )
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, most_workspace_bytes, pass_s
-from gemmconv.lowerings.kn2row import Kn2Row, as_rows, fill, panels, side_by_side
+from gemmconv.lowerings.grids import as_rows, fill, panels, side_by_side
+from gemmconv.lowerings.kn2row import Kn2Row
+from gemmconv.lowerings.minimal import RESULTS, Line, combine_rows, combine_sums, combine_taps, lines_of
 from gemmconv.lowerings.phases import Move, Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -48,21 +47,8 @@ _POSITIONS = (64, 128, 256, 512, 1024, 2048)
 _PARTS = (1, 2, 4, 8)
 _WIDE = 64
 _L2_SHARE = 0.75
-_TILE = 2  # results that the points give
 # The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
 _MOST_PACKED = 32 << 20
-
-
-class Line(NamedTuple):
-    """The taps of one slot along the filtered axis, in the order of the rows they need."""
-
-    slot: int
-    taps: tuple[int, ...]
-    first: int  # the row that the first tap needs for q = 0
-
-    @property
-    def points(self) -> int:
-        return len(self.taps) + 1
 
 
 class Block(NamedTuple):
@@ -116,7 +102,7 @@ class Winograd:
     @property
     def largest_product(self) -> int:
         taps = max((panel.taps for panel in self.inner.panels[0]), default=0)
-        rows = math.prod(self._points([cut.longest for cut in self.cuts]))
+        rows: int = math.prod(self._points([cut.longest for cut in self.cuts]))
         return rows * taps * self.inner.channels.longest * self.problem.cin
 
     @property
@@ -147,7 +133,7 @@ class Winograd:
     def _grid(self, q: Sequence[float], line: Line) -> Any:
         """Return the sizes of the box of rows that a block needs, for tiles or q in depth and height."""
         sizes = [n + of_axis.reach for n, of_axis in zip((*q, self.slots[2].count), self.slots, strict=True)]
-        sizes[self.along] = _TILE * q[self.along] + len(line.taps) - 1
+        sizes[self.along] = RESULTS * q[self.along] + len(line.taps) - 1
         return sizes[0], sizes[1], sizes[2]
 
     def _points(self, q: Sequence[float]) -> Any:
@@ -251,7 +237,7 @@ class Winograd:
         if clock:
             clock("gemm")
         combine_sums(sums)
-        results = sums[:_TILE]
+        results = sums[:RESULTS]
         for z in results:
             if problem.dtype.kind == "c":
                 z += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
@@ -291,7 +277,7 @@ class Winograd:
         inside: list[slice] = []
         rows: list[slice] = []
         for i, (axis, of_axis, (start, _)) in enumerate(zip(self.axes, self.slots, spans, strict=True)):
-            origin = start * _TILE + line.first if i == self.along else start - of_axis.shifts[1]
+            origin = start * RESULTS + line.first if i == self.along else start - of_axis.shifts[1]
             first, last = max(0, origin), min(axis.coarse, origin + grid[i])
             inside.append(slice(first - origin, max(first, last) - origin))
             rows.append(slice(first, max(first, last)))
@@ -304,10 +290,10 @@ class Winograd:
             found = self.inner.product(panel, spans_of_point, sizes)
             if found is not None:
                 products.append((number, *found))
-        stores = [store for which in range(_TILE) for store in self._stores(block, line, which)]
+        stores = [store for which in range(RESULTS) for store in self._stores(block, line, which)]
         region = None
         if any(unreached(axis, of_axis) for axis, of_axis in zip(self.axes, self.slots, strict=True)):
-            spans[self.along] = (_TILE * spans[self.along][0], _TILE * spans[self.along][1])
+            spans[self.along] = (RESULTS * spans[self.along][0], RESULTS * spans[self.along][1])
             region = tuple(slice(*s.span(a, q)) for a, s, q in zip(self.axes, self.slots, spans, strict=True))
         where: Index = (block.batch, *rows)
         return Program(grid, tuple(inside), where, products, region, stores)
@@ -318,7 +304,7 @@ class Winograd:
         spans = block.depth, block.height
         start, stop = spans[self.along]
         # Tile t of result `which` is q = t * 2 + which, and so fine position q * stride + offset.
-        step = axis.stride * _TILE
+        step = axis.stride * RESULTS
         offset = of_axis.offsets[line.slot] + which * axis.stride
         last = min(stop, -((offset - axis.fine) // step))
         if last <= start:
@@ -334,45 +320,6 @@ class Winograd:
                 taken[other], put[other], slot[other] = place.q, place.fine, place.slot
                 found.append((which, (*taken, q, *slot, slice(w, w + together)), (*put, fine_w), together))
         return found
-
-
-def combine_taps(g: Sequence[Array], u: Array) -> None:
-    """Combine taps, in the order of their rows, to a filter for each point."""
-    np.copyto(u[0], g[0], casting="unsafe")
-    np.copyto(u[-1], g[-1], casting="unsafe")
-    np.add(u[0], u[-1], out=u[1])
-    if len(g) == 3:
-        u[1] *= 0.5
-        half = g[1].astype(u.dtype) * u.dtype.type(0.5)
-        np.subtract(u[1], half, out=u[2])
-        u[1] += half
-
-
-def combine_rows(x: Array, v: Sequence[Array]) -> None:
-    """Combine rows of the value, along the first axis, to rows for each point."""
-    tiles = len(v[0])
-    a, b, c = (x[i : i + 2 * tiles - 1 : 2] for i in range(3))
-    if len(v) == 3:
-        np.subtract(a, b, out=v[0])
-        np.copyto(v[1], b)
-        np.subtract(c, b, out=v[2])
-        return
-    d = x[3 : 3 + 2 * tiles - 1 : 2]
-    np.subtract(a, c, out=v[0])
-    np.add(b, c, out=v[1])
-    np.subtract(c, b, out=v[2])
-    np.subtract(b, d, out=v[3])
-
-
-def combine_sums(z: Sequence[Array]) -> None:
-    """Combine the sums of the points to the two results of every tile, in place of the first two."""
-    z[0] += z[1]
-    if len(z) == 3:
-        z[1] += z[2]
-        return
-    z[0] += z[2]
-    z[1] -= z[2]
-    z[1] -= z[3]
 
 
 def schedule(problem: Problem, machine: Machine) -> Winograd:
@@ -396,9 +343,9 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
     found = [s for s in found if s.packed_values * item <= _MOST_PACKED]
     if not found:
         raise CannotLowerError(
-            f"{problem.operation}: algorithm='winograd' cannot do this problem: it needs 2 or 3 neighbouring taps of a "
-            f"phase along depth or height and no gaps, kernel {'x'.join(map(str, problem.kernel))}, and blocks of at "
-            f"most {limit} bytes; 'col2im' and 'auto' can"
+            f"{problem.operation}: algorithm='winograd' cannot do this problem: it needs 2 or 3 neighbouring taps in "
+            f"every phase of depth or height, got kernel {'x'.join(map(str, problem.kernel))}, and blocks of at most "
+            f"{limit} bytes; 'col2im' and 'auto' can"
         )
     return best(found, machine)
 
@@ -408,7 +355,7 @@ def _candidate(
     positions: int, parts: int,
 ) -> Winograd:  # fmt: skip
     counts = [of_axis.count for of_axis in of_axes]
-    counts[along] = -(-counts[along] // _TILE)
+    counts[along] = -(-counts[along] // RESULTS)
     channels = Cut(problem.cout, -(-problem.cout // parts))
     height = min(counts[1], max(1, positions // counts[2]))
     depth = min(counts[0], max(1, positions // (counts[1] * counts[2])))
@@ -425,16 +372,3 @@ def _candidate(
         (cuts[0], cuts[1], Cut(counts[2], counts[2])), (group,), (of_point,), channels, True,
     )  # fmt: skip
     return Winograd(problem, axes, (of_axes[0], of_axes[1], of_axes[2]), along, lines, cuts, inner)
-
-
-def lines_of(axis: Axis) -> tuple[Line, ...] | None:
-    """Return the taps of every slot of an axis, or None where minimal filtering does not fit them or gains nothing."""
-    of_axis = slots(axis, tiled=False)
-    found = []
-    for slot in range(len(of_axis.offsets)):
-        taps = sorted((-move.shift, move.tap) for move in of_axis.within((slot, slot + 1)))
-        rows = [row for row, _ in taps]
-        if len(taps) not in (2, 3) or rows != list(range(rows[0], rows[0] + len(rows))):
-            return None
-        found.append(Line(slot, tuple(tap for _, tap in taps), rows[0]))
-    return tuple(found) or None
