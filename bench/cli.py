@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="fewer and shorter rounds, one launch: a first look")
     run.add_argument("--minutes", type=float, help="about how long the rounds may take (10; 1.4 with --quick)")
     run.add_argument("--launches", type=int, help="times that all processes are started anew (3; 1 with --quick)")
-    run.add_argument("--rounds", type=int, help="rounds of each launch (as many as the minutes allow, 3 to 7)")
+    run.add_argument("--rounds", type=int, help="rounds of each launch (as many as the minutes allow, 2 to 7)")
     run.add_argument("--confidence", type=_fraction, default=0.95, help="of the intervals (95%%)")
     run.add_argument("--timeout", type=float, default=60.0, help="seconds after which a contender hangs (60)")
     run.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
@@ -156,7 +156,7 @@ def options_of(args: argparse.Namespace) -> Options:
         launches=launches,
         rounds=args.rounds,
         budget_s=minutes * 60,
-        visit_s=0.015 if args.quick else Options.visit_s,
+        visit_s=0.02 if args.quick else Options.visit_s,
         warm_s=0.03 if args.quick else Options.warm_s,
         timeout_s=args.timeout,
         confidence=args.confidence,

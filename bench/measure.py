@@ -44,10 +44,10 @@ class Options:
     seed: int = 0
     launches: int = 3
     rounds: int | None = None  # of one launch; None takes as many of the next two as the budget allows
-    fewest_rounds: int = 3
+    fewest_rounds: int = 2
     most_rounds: int = 7
     budget_s: float = 600.0
-    visit_s: float = 0.03
+    visit_s: float = 0.06
     warm_s: float = 0.08  # a CPU's memory side takes so long to wake: see docs/benchmarks.md
     timeout_s: float = 60.0
     confidence: float = 0.95

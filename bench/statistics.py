@@ -20,7 +20,6 @@ DRAWS = 4000
 FEWEST_ROUNDS = 3
 MOST_SPREAD = 0.10
 MOST_DRIFT = 0.05
-TRIMMED = 0.1  # of the rows, those with the largest variance between launches: bursts of someone else's work
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,23 @@ class Interval:
 def launch_deviation(pairs: Sequence[Pair]) -> float:
     """The standard deviation, from launch to launch, of a log ratio, beyond what its rounds explain.
 
-    A method of moments, over rows that were visited as often: variance of the launches' means less that of a mean.
+    For each row, the variance of the launches' means less the variance that a mean of such rounds has. The median of
+    the rows is taken, since a few that were hit by someone else's work would decide a mean; a median of variances lies
+    below their mean by what Wilson and Hilferty's approximation of chi-squared says.
     """
-    between, within = [], []
+    beyond, freedom = [], []
     for a, b in pairs:
         logs = np.log(a.medians) - np.log(b.medians)
         groups = [logs[np.equal(a.launches, launch)] for launch in sorted(set(a.launches))]
         if len(groups) < 2 or min(map(len, groups)) < 2:
             continue
-        between.append(np.var([group.mean() for group in groups], ddof=1))
-        within.append(np.mean([group.var(ddof=1) / len(group) for group in groups]))
-    if not between:
+        within = np.mean([group.var(ddof=1) / len(group) for group in groups])
+        beyond.append(np.var([group.mean() for group in groups], ddof=1) - within)
+        freedom.append(len(groups) - 1)
+    if not beyond:
         return 0.0
-    kept = np.argsort(between)[: max(1, math.ceil(len(between) * (1 - TRIMMED)))]
-    return math.sqrt(max(0.0, float(np.mean(np.take(between, kept)) - np.mean(np.take(within, kept)))))
+    below = (1 - 2 / (9 * float(np.median(freedom)))) ** 3
+    return math.sqrt(max(0.0, float(np.median(beyond)) / below))
 
 
 def log_ratios(pair: Pair, deviation: float = 0.0, paired: bool = True, seed: int = 0) -> Array:

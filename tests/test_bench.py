@@ -228,6 +228,17 @@ def test_a_c_file(tmp_path):
     text = bench("run", "--against", f"{library}:indirect", "--suite", "tiny", "--only", "odd", *QUICK, status=2)
     assert "undefined symbol: indirect" in text
 
+    refuses = tmp_path / "refuses.c"
+    refuses.write_text(
+        '#include "gemmconv_bench.h"\ngemmconv_bench_kernel refuses;\n'
+        "int refuses(const struct gemmconv_bench_problem *p, const float *x, const float *w, float *y) {\n"
+        "    (void)x, (void)w, (void)y;\n    return p->version == GEMMCONV_BENCH_VERSION ? 3 : 0;\n}\n"
+    )
+    subprocess.run([compiler, *flags, str(refuses), "-o", str(tmp_path / "refuses.so")], check=True, timeout=60)
+    arguments = ("--suite", "tiny", "--only", "odd", *QUICK)
+    text = bench("run", "--against", f"{tmp_path / 'refuses.so'}:refuses", *arguments, status=2)
+    assert "RAISED: refuses.so:refuses: RuntimeError: refuses returned 3" in text
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Memory is read from /proc, which only Linux has.")
 def test_memory(tmp_path):

@@ -120,12 +120,11 @@ class Library(Contender):
             setattr(problem, name, (ctypes.c_int64 * 5)(*steps))
         pointer = ctypes.byref(problem)
         value, filter = job.value.ctypes.data, job.filter.ctypes.data
-        operands = job.value, job.filter, problem  # what the addresses belong to
 
-        def into(out: Array) -> Array:
+        def into(out: Array, held: Job = job) -> Array:  # the addresses are those of its arrays
             status = self._function(pointer, value, filter, out.ctypes.data)
             if status:
-                raise RuntimeError(f"{self._symbol} returned {status} for {operands[2].version=}")
+                raise RuntimeError(f"{self._symbol} returned {status}, which is not 0")
             return out
 
         return [Call(job.layout, lambda: into(np.empty(shape, np.float32)), lambda result: result, into, shape)]
