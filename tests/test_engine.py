@@ -220,9 +220,10 @@ def test_workspace_is_what_the_plan_says_and_bounded():
             except CannotLowerError as error:
                 used, text = 0, str(error)
             if used == 0:
+                most = 4 * CACHE
                 rules = {
-                    "kn2row": rf"taps reach \S+ rows, so that a block's rows take \d+ bytes, more than {4 * CACHE};",
-                    "winograd": rf"got kernel {'x'.join(map(str, filter[:3]))}, and blocks of at most {4 * CACHE} bytes;",
+                    "kn2row": rf"taps reach \S+ rows, so that a block's rows take \d+ bytes, more than {most};",
+                    "winograd": f"got kernel {'x'.join(map(str, filter[:3]))}, and blocks of at most {most} bytes;",
                 }
                 assert re.search(rules[name], text)
             assert used <= 4 * CACHE, (name, problem)

@@ -324,6 +324,7 @@ class Winograd:
 
 def schedule(problem: Problem, machine: Machine) -> Winograd:
     """Choose axis and blocks for a problem by cost, or raise CannotLowerError where no axis can be filtered."""
+    kernel = "x".join(map(str, problem.kernel))
     problem = simplified(problem)
     axes = canonical(problem.axes)
     found: list[Winograd] = []
@@ -344,7 +345,7 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
     if not found:
         raise CannotLowerError(
             f"{problem.operation}: algorithm='winograd' cannot do this problem: it needs 2 or 3 neighbouring taps in "
-            f"every phase of depth or height, got kernel {'x'.join(map(str, problem.kernel))}, and blocks of at most "
+            f"every phase of depth or height, got kernel {kernel}, and blocks of at most "
             f"{limit} bytes; 'col2im' and 'auto' can"
         )
     return best(found, machine)
