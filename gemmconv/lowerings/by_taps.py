@@ -36,6 +36,7 @@ from gemmconv.lowerings.base import (
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
     MOST_STEPS_KEPT,
+    SCATTERED_VALUE_S,
     SHORT_RUN,
     SMALLEST_BUFFER,
     best,
@@ -152,7 +153,7 @@ class ByTaps(AsItLies):
         total = gemms * pieces * gemm_s(rows, n / pieces, problem.cin)
         if self.direct:
             if scattered:
-                return total + steps * copy_s(rows * self.lanes * self.channels, stored, spilled=True, strided=True)
+                return total + steps * rows * self.lanes * self.channels * SCATTERED_VALUE_S
             return total + steps * pass_s(rows * self.lanes * self.channels, stored, spilled=True)
         run = self.channels if self.joined else row
         total += steps * pass_s(rows * self.lanes * self.channels, run, spilled=spilled)

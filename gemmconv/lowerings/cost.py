@@ -27,6 +27,8 @@ _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
 _SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
+# A value added with neither side in inner loops that are beside each other, as columns stored with channels first.
+SCATTERED_VALUE_S = 3e-9
 # NumPy copies loops shorter than its ufunc buffer through it, in blocks of the buffer's size, and that costs more than
 # the addition, unless loops are very short: lowerings set the smallest buffer that NumPy takes for all others.
 SHORT_RUN = 64
