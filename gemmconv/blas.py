@@ -32,6 +32,10 @@ _BITS = {"int": 32, "int32_t": 32, "int64_t": 64, "npy_int64": 64, "long long": 
 # interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536) times GEMM_MULTITHREAD_THRESHOLD (4).
 _OPENBLAS_SERIAL_PRODUCTS = 262144
 
+# kernel/x86_64/{s,d}gemm_small_kernel_permit_skylakex.c of OpenBLAS 0.3.17 and later: plain products up to 100^3.
+_SMALL_PRODUCTS = 1_000_000
+_SMALL_KERNELS = {"SkylakeX", "Cooperlake", "SapphireRapids"}
+
 _paths: dict[str, _Path] = {}
 
 
@@ -168,6 +172,14 @@ def serial_products() -> int:
     """Return the m*n*k up to which BLAS is known to use one thread by itself; 0 where nothing is known."""
     apis = {pool["internal_api"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
     return _OPENBLAS_SERIAL_PRODUCTS if apis == {"openblas"} else 0
+
+
+@cache
+def small_products() -> int:
+    """Return the m*n*k up to which NumPy's BLAS is known to multiply without packing its operands; 0 if it is not."""
+    found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    known = all(pool["internal_api"] == "openblas" and pool["architecture"] in _SMALL_KERNELS for pool in found)
+    return _SMALL_PRODUCTS if found and known else 0
 
 
 def describe() -> dict[str, Any]:

@@ -14,10 +14,13 @@ from gemmconv.machine import Machine
 # GEMM: the rate of large products, and the sizes of m, n and k at which half of it is reached.
 GEMM_FLOPS_PER_S = 200e9
 _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
+# Small products one after the other in a single step, without packing.
+_SMALL_FLOPS_PER_S = 180e9
 # A value of a matrix that is read once, from memory.
 _STREAMED_VALUE_S = 0.25e-9
-# A step in Python: one GEMM call, or one addition with the slices it needs.
-STEP_S = 5e-6
+# A step in Python: one GEMM call, and one addition or copy with the slices it needs. More than it takes alone: threads
+# that take steps in turn wait for each other.
+STEP_S, _PASS_STEP_S = 5e-6, 3e-6
 # A value added, and what each inner loop of NumPy costs beside its values: in cache, and through the ufunc buffer,
 # which joins short loops.
 _VALUE_S, _RUN_S = 0.085e-9, 26e-9
@@ -37,7 +40,7 @@ SMALLEST_BUFFER = 16
 # problems working it out takes longer than doing it.
 MOST_STEPS_KEPT = 4096
 # A block in Python, beside its steps.
-_BLOCK_S = 15e-6
+_BLOCK_S = 30e-6
 # Blocks that cannot be divided evenly leave workers idle: how many workers machines have, and how often, as a guess.
 _WORKERS = ((1, 0.4), (2, 0.4), (4, 0.2))
 # Blocks are made of single phases of depth and height while there are fewer boxes than this.
@@ -69,16 +72,22 @@ def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
     return STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / GEMM_FLOPS_PER_S
 
 
+def small_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
+    """Return the time of small products that together are m by n by k, in one step, and of adding them to sums."""
+    added = m * n * (2 * _VALUE_S + spilled * _SPILLED_VALUE_S)
+    return 2 * STEP_S + added + 2 * m * n * k / _SMALL_FLOPS_PER_S
+
+
 def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
     """Return the time to add values in inner loops of `run` values."""
     value_s, run_s = (_BUFFERED_VALUE_S, _BUFFERED_RUN_S) if run < SHORT_RUN else (_VALUE_S, _RUN_S)
-    return STEP_S + values * (value_s + run_s / max(1, run) + spilled * _SPILLED_VALUE_S)
+    return _PASS_STEP_S + values * (value_s + run_s / max(1, run) + spilled * _SPILLED_VALUE_S)
 
 
 def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:
     """Return the time to copy values in `steps` copies with inner loops of `run` values."""
     each = _STRIDED_VALUE_S if strided else _COPIED_VALUE_S + _COPIED_RUN_S / max(1, run)
-    return steps * STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
+    return steps * _PASS_STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
 
 
 def best(schedules: Sequence[S], machine: Machine) -> S:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemmconv.blas import small_products
 from gemmconv.lowerings.base import (
     Array,
     CannotLowerError,
@@ -34,7 +35,15 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, most_workspace_bytes, pass_s
+from gemmconv.lowerings.cost import (
+    MOST_STEPS_KEPT,
+    SMALLEST_BUFFER,
+    best,
+    copy_s,
+    most_workspace_bytes,
+    pass_s,
+    small_s,
+)
 from gemmconv.lowerings.grids import as_rows, fill, panels, side_by_side
 from gemmconv.lowerings.kn2row import Kn2Row
 from gemmconv.lowerings.minimal import RESULTS, Line, combine_rows, combine_sums, combine_taps, lines_of
@@ -47,6 +56,10 @@ _POSITIONS = (64, 128, 256, 512, 1024, 2048)
 _PARTS = (1, 2, 4, 8)
 _WIDE = 64
 _L2_SHARE = 0.75
+# Small products: the rows of one, at most and at least, its most columns and its largest k, beyond which operands no
+# longer fit the L1 cache; and the most values of a packed filter, which is transposed for them.
+_PIECE, _SHORT_PIECE, _NARROW, _SHALLOW = 96, 32, 64, 256
+_MOST_SMALL = 1 << 21
 # The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
 _MOST_PACKED = 32 << 20
 
@@ -83,6 +96,7 @@ class Winograd:
     lines: tuple[Line, ...]
     cuts: tuple[Cut, Cut]  # of tiles or q in depth and height
     inner: Kn2Row
+    small: bool  # whether products are formed in small pieces, many in one step, and added to the sums after that
     programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     wants_finite_filter = True
@@ -112,7 +126,10 @@ class Winograd:
         most = max(self.lines, key=lambda line: line.points)
         grid = math.prod(self._grid(q, most)) * cin
         rows, sums = self._sizes(q)
-        points = most.points * aligned(rows * cin * item) + most.points * aligned(sums * self._columns * item)
+        found = most.points * sums * self._columns * item
+        points = aligned(most.points * rows * cin * item) + aligned(found)
+        if self.small:
+            points += aligned(found + most.points * self._spare(sums) * self._columns * item)
         return aligned(grid * item) + points
 
     @property
@@ -143,7 +160,20 @@ class Winograd:
     def _sizes(self, q: Sequence[int]) -> tuple[int, int]:
         """Return the rows of the grid and of the sums of one point."""
         sizes = self.inner.sizes((*q, self.slots[2].count))
-        return sizes.grid_rows, sizes.rows
+        return sizes.grid_rows + (self._spare(sizes.rows) if self.small else 0), sizes.rows
+
+    def _pieces(self, m: int) -> tuple[int, int]:
+        """Return into how many pieces every deep-th of m rows is cut, and how many rows each has."""
+        panel = self.inner.panels[0][0]
+        deep = len(panel.deep)
+        most = max(1, min(_PIECE, small_products() // (self._columns * deep * self.problem.cin)))
+        pieces = -(-m // (deep * most))
+        return pieces, -(-m // (deep * pieces))
+
+    def _spare(self, rows: int) -> int:
+        """Return how many rows pieces of equal size reach over the end."""
+        deep = len(self.inner.panels[0][0].deep)
+        return deep * (self._pieces(rows)[0] + 1)
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
@@ -158,7 +188,12 @@ class Winograd:
             grid = math.prod(self._grid(q, line)) * cin
             values = d * h * w * cin
             sums = q[0] * q[1] * w * self._columns
-            gemms = line.points * inner.products_s(q[0] * (h if q[0] > 1 else q[1]) * w, spilled=spilled)
+            rows = q[0] * (h if q[0] > 1 else q[1]) * w
+            if self.small:
+                m, n = line.points * rows, self._columns
+                gemms = sum(small_s(m, n, len(p.deep) * cin, spilled=spilled) for p in inner.panels[0])
+            else:
+                gemms = line.points * inner.products_s(rows, spilled=spilled)
             total += boxes * (gemms + copy_s(2 * grid, w * cin) + copy_s(line.points * sums, sums))
             # Differences of rows are passes with three arrays, sums are combined in place.
             total += boxes * line.points * 2 * pass_s(values, h * w * cin, spilled=spilled)
@@ -174,8 +209,9 @@ class Winograd:
     def reason(self) -> str:
         taps = sorted({len(line.taps) for line in self.lines})
         rows = math.prod(self._points([cut.longest for cut in self.cuts]))
+        how = "small products together" if self.small else "GEMMs"
         kinds = " and ".join(f"F(2,{n})" for n in taps)
-        return f"kn2row with {kinds} along {('depth', 'height')[self.along]}, GEMMs of up to {rows} rows, filter packed"
+        return f"kn2row with {kinds} along {('depth', 'height')[self.along]}, {how} of up to {rows} rows, filter packed"
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Combine the taps of the filtered axis, and lay them out as GEMMs take them: line, point, channels, panel."""
@@ -193,7 +229,11 @@ class Winograd:
                 of_channels = of_channels.reshape(line.points, self._taps, stop - start, problem.cin)
                 for panel in self.inner.panels[0]:
                     u = of_channels[:, panel.first : panel.first + panel.taps]
-                    u = u.reshape(line.points, *panel.many, stop - start, len(panel.deep), problem.cin)
+                    if self.small:
+                        u = u.reshape(line.points, len(panel.deep), problem.cin, *panel.many, stop - start)
+                        u = np.moveaxis(u, (1, 2), (-2, -1))
+                    else:
+                        u = u.reshape(line.points, *panel.many, stop - start, len(panel.deep), problem.cin)
                     for i, box in enumerate(panel.boxes()):
                         combine_taps([x[(*box, slice(start, stop))] for x in g], u[..., i, :])
 
@@ -207,10 +247,12 @@ class Winograd:
         lanes = tuple(len(of_axis.offsets) for of_axis in inner.slots)
         q = [stop - start for start, stop in block[1:3]]
         sizes = inner.sizes((*q, self.slots[2].count))
-        sums = [workspace.take(sizes.rows * math.prod(lanes) * channels) for _ in range(line.points)]
-        for z in sums:
-            z[...] = 0  # so that a sum of -0.0 becomes +0.0
-        grids = [workspace.take(sizes.grid_rows * cin) for _ in range(line.points)]
+        columns = math.prod(lanes) * channels
+        grid_rows, _ = self._sizes(q)
+        all_sums = workspace.take(line.points, sizes.rows * columns)
+        all_sums[...] = 0  # so that a sum of -0.0 becomes +0.0
+        all_grids = workspace.take(line.points, grid_rows * cin)
+        sums, grids = list(all_sums), list(all_grids)
         coarse = [axis.coarse for axis in self.axes]
         value = five(problem.layout, operands.value, problem.batch, coarse, cin)[program.rows]
         rows = as_rows(problem, workspace.take(math.prod(program.grid) * cin))
@@ -226,14 +268,17 @@ class Winograd:
         if clock:
             clock("pack")
         item = workspace.gemm.itemsize
-        before = sum(other.points for other in self.lines[: block.line])
-        for point, (grid, z) in enumerate(zip(grids, sums, strict=True)):
-            rows_before = (before + point) * self._taps * problem.cout + block.channels[0] * self._taps
-            taps_at = address(operands.packed) + rows_before * cin * item
-            inner.multiply(
-                workspace.gemm, 0, channels, program.products, address(grid), sizes.grid_rows, address(z), sizes.rows,
-                taps_at,
-            )  # fmt: skip
+        before = sum(other.points for other in self.lines[: block.line]) * self._taps * problem.cout
+        first_row = before + block.channels[0] * self._taps
+        if self.small:
+            self._multiply(all_grids, all_sums, operands.packed, first_row, program.products, workspace)
+        else:
+            for point, (grid, z) in enumerate(zip(grids, sums, strict=True)):
+                taps_at = address(operands.packed) + (first_row + point * self._taps * problem.cout) * cin * item
+                inner.multiply(
+                    workspace.gemm, 0, channels, program.products, address(grid), grid_rows, address(z), sizes.rows,
+                    taps_at,
+                )  # fmt: skip
         if clock:
             clock("gemm")
         combine_sums(sums)
@@ -260,6 +305,42 @@ class Winograd:
             store(target.reshape(*target.shape[:2], -1, together, target.shape[3]), by_row[where])
         if clock:
             clock("store")
+
+    def _multiply(
+        self,
+        grids: Array,
+        sums: Array,
+        packed: Array,
+        first_row: int,
+        products: Sequence[tuple[int, int, int, int]],
+        workspace: Workspace,
+    ) -> None:
+        """Form the products of all points in small pieces, one step for each panel, and add them to the sums."""
+        dtype, item, cin = grids.dtype, grids.itemsize, self.problem.cin
+        points, rows, n = len(grids), sums.shape[1] // self._columns, self._columns
+        spare = workspace.take(points * (rows + self._spare(rows)) * n)
+        for number, shifted, row, m in products:
+            panel = self.inner.panels[0][number]
+            deep = len(panel.deep)
+            pieces, each = self._pieces(m)
+            padded, k = deep * pieces * each, deep * cin
+            a = np.ndarray(
+                (points, deep, pieces, each, k), dtype, grids, shifted * cin * item,
+                (grids.strides[0], cin * item, each * k * item, k * item, item),
+            )  # fmt: skip
+            b = np.ndarray(
+                (points, 1, 1, k, n), dtype, packed,
+                (first_row + panel.first * self.inner.channels.longest) * cin * item,
+                (self._taps * self.problem.cout * cin * item, 0, 0, n * item, item),
+            )  # fmt: skip
+            c = np.ndarray(
+                (points, deep, pieces, each, n), dtype, spare, 0,
+                (padded * n * item, n * item, deep * each * n * item, deep * n * item, item),
+            )  # fmt: skip
+            np.matmul(a, b, out=c)
+            found = spare[: points * padded * n].reshape(points, padded * n)[:, : m * n]
+            cells = sums[:, row * n : (row + m) * n]
+            np.add(cells, found, out=cells)
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for schedules of few steps, where making it would take long."""
@@ -337,7 +418,7 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
             continue  # a block would clear what belongs to others
         for parts, positions in product(_PARTS, _POSITIONS):
             if parts == 1 or problem.cout >= parts * _WIDE:
-                found.append(_candidate(problem, axes, of_axes, along, lines, positions, parts))
+                found.extend(_candidates(problem, axes, of_axes, along, lines, positions, parts))
     limit = most_workspace_bytes(machine)
     found = [s for s in found if s.workspace_bytes <= limit]
     item = problem.compute_dtype.itemsize
@@ -351,10 +432,10 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
     return best(found, machine)
 
 
-def _candidate(
+def _candidates(
     problem: Problem, axes: tuple[Axis, Axis, Axis], of_axes: Sequence[Slots], along: int, lines: tuple[Line, ...],
     positions: int, parts: int,
-) -> Winograd:  # fmt: skip
+) -> list[Winograd]:  # fmt: skip
     counts = [of_axis.count for of_axis in of_axes]
     counts[along] = -(-counts[along] // RESULTS)
     channels = Cut(problem.cout, -(-problem.cout // parts))
@@ -372,4 +453,21 @@ def _candidate(
         problem, (inner_axes[0], inner_axes[1], inner_axes[2]), (inner_slots[0], inner_slots[1], inner_slots[2]), False,
         (cuts[0], cuts[1], Cut(counts[2], counts[2])), (group,), (of_point,), channels, True,
     )  # fmt: skip
-    return Winograd(problem, axes, (of_axes[0], of_axes[1], of_axes[2]), along, lines, cuts, inner)
+    plain = Winograd(problem, axes, (of_axes[0], of_axes[1], of_axes[2]), along, lines, cuts, inner, False)
+    return [plain, replace(plain, small=True)] if _can_be_small(plain) else [plain]
+
+
+def _can_be_small(plain: Winograd) -> bool:
+    """Whether products without packing are faster, and their columns are those of the sums."""
+    problem, inner = plain.problem, plain.inner
+    if problem.layout == "NCDHW" or problem.compute_dtype.kind != "f" or not inner.panels[0]:
+        return False
+    channels = inner.channels.longest
+    if any(stop - start != channels for start, stop in inner.channels):
+        return False
+    alike = {(panel.wide * channels, len(panel.deep)) for panel in inner.panels[0]}
+    if len(alike) > 1 or plain.packed_values > _MOST_SMALL:
+        return False
+    ((n, deep),) = alike
+    fits = _SHORT_PIECE * n * deep * problem.cin <= small_products()
+    return n == plain._columns and n <= _NARROW and deep * problem.cin <= _SHALLOW and fits
