@@ -1,4 +1,4 @@
-"""How a problem is done: the choice of a lowering, its cost in numbers, and the running of its blocks on workers.
+"""How a problem is done: the choice of a lowering, and its cost in numbers; running.py does it.
 
 A plan is a pure function of (problem, machine, algorithm, workers), made once and cached. It parses no arguments of the
 public functions, and knows nothing of how a lowering works.
@@ -6,34 +6,27 @@ public functions, and knows nothing of how a lowering works.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, profile, threads
+from gemmconv import arrays, running
 from gemmconv.arrays import Array
-from gemmconv.blas import serial_products
-from gemmconv.lowerings import LOWERINGS, CannotLowerError, NotFiniteError, Operands, Schedule, Workspace
+from gemmconv.lowerings import LOWERINGS, CannotLowerError, Schedule
 from gemmconv.lowerings.cost import total_s
-from gemmconv.machine import Machine, usable_cores
+from gemmconv.machine import Machine
 from gemmconv.problem import Problem
+from gemmconv.running import Packed, Progress
 
 ALGORITHMS = ("auto", *LOWERINGS)
-Progress = Callable[[int, int], None]
 
 # Another worker is worth waking for this much work, about 0.1 ms.
 _WORKER_FLOPS = 8_000_000
 _WORKER_BYTES = 1_000_000
-
-# No lock: single operations on a dict and a deque are atomic, so a fork or an interrupt cannot leave one behind.
-_idle: dict[np.dtype[Any], deque[Workspace]] = {}
 
 
 @dataclass(frozen=True)
@@ -213,8 +206,7 @@ class Plan:
         w = arrays.operand(name, "filter", filter, self.dtype)
         self._check(name, "filter", w, self.problem.filter_shape)
         kept = arrays.converted(w, self.problem.dtype).copy()
-        packed = self._packed(self.schedule, kept) if self.schedule is not None else np.empty(0, self.dtype)
-        return Prepared(self, kept, packed)
+        return Prepared(self, kept, None if self.schedule is None else running.pack(self.schedule, self.problem, kept))
 
     def _check(self, name: str, argument: str, array: Array, shape: tuple[int, ...]) -> None:
         if array.shape != shape:
@@ -227,7 +219,7 @@ class Plan:
         filter: Array,
         out: Array | None,
         progress: Progress | None = None,
-        packed: Array | None = None,
+        packed: Packed | None = None,
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
         start_s = time.perf_counter()
@@ -242,77 +234,23 @@ class Plan:
         if self.schedule is None:
             result[...] = 0
         else:
-            self._run(self.schedule, operands[0], operands[1], result, progress, start_s, packed)
+            running.run(
+                self.schedule,
+                problem,
+                self.machine,
+                self.used_workers,
+                operands[0],
+                operands[1],
+                result,
+                packed=packed,
+                progress=progress,
+                start_s=start_s,
+            )
         if out is None or target is None:
             return result
         if target is not result:
             np.copyto(target, result)
         return out
-
-    def _run(
-        self,
-        schedule: Schedule,
-        value: Array,
-        filter: Array,
-        result: Array,
-        progress: Progress | None,
-        start_s: float,
-        packed: Array | None = None,
-    ) -> None:
-        looking = profile.current()
-        again = LOWERINGS["col2im"]
-        pack_s = time.perf_counter()
-        if packed is None:
-            packed = self._packed(schedule, filter)
-        pack_s = time.perf_counter() - pack_s if packed.size else 0.0
-        if schedule.wants_finite_filter and not _finite(packed if packed.size else filter):
-            # Zeros around the value times Inf or NaN would be NaN where no tap reaches: col2im forms no such products.
-            schedule = again(self.problem, self.machine)
-        operands = Operands(value, filter, result, packed)
-        workspaces = _acquire(self.used_workers, schedule.workspace_bytes, self.problem.compute_dtype)
-        done = itertools.count(1)
-
-        def task(index: int, slot: int) -> None:
-            schedule.run(index, operands, workspaces[slot])
-            if progress is not None:
-                progress(next(done), schedule.count)
-
-        def timed(index: int, slot: int) -> None:
-            clock = clocks[slot]
-            clock.start()
-            task(index, slot)
-            clock("overhead")
-
-        clocks = [profile.Clock() for _ in workspaces]
-        for workspace, clock in zip(workspaces, clocks, strict=True):
-            workspace.clock = clock if looking else None
-        run_s = time.perf_counter()
-        try:
-            threads.run(
-                timed if looking else task,
-                schedule.count,
-                len(workspaces),
-                limit_blas=schedule.largest_product > serial_products(),
-            )
-        except NotFiniteError:  # rarely: NaN, Inf or an overflow, which minimal filtering would spread
-            self._run(again(self.problem, self.machine), value, filter, result, progress, start_s)
-            return
-        end_s = time.perf_counter()
-        _release(workspaces)
-        if looking:
-            workers = len(workspaces)
-            seconds = {phase: sum(clock.seconds.get(phase, 0.0) for clock in clocks) for phase in profile.PHASES}
-            seconds["wait"] = workers * (end_s - run_s) - sum(seconds.values())
-            seconds["pack"] += workers * pack_s
-            seconds["overhead"] += workers * (run_s - start_s - pack_s)
-            looking.add(seconds, workers * (end_s - start_s))
-
-    def _packed(self, schedule: Schedule, filter: Array) -> Array:
-        packed = np.empty(schedule.packed_values, self.problem.compute_dtype)
-        if packed.size:
-            with np.errstate(all="ignore"):
-                schedule.pack(filter, packed)
-        return packed
 
 
 @dataclass(frozen=True)
@@ -321,7 +259,7 @@ class Prepared:
 
     plan: Plan
     filter: Array
-    packed: Array
+    packed: Packed | None
 
     def __call__(self, value: Any, out: Array | None = None) -> Array:
         """Compute the result for a value of the plan's shape, into `out` or a new array."""
@@ -329,12 +267,6 @@ class Prepared:
         x = arrays.operand(name, "value", value, self.plan.dtype)
         self.plan._check(name, "value", x, self.plan.problem.value_shape)
         return self.plan.execute(name, x, self.filter, out, packed=self.packed)
-
-
-def _finite(array: Array) -> bool:
-    """Whether all values are finite, as far as their sum shows it: False also where that overflows."""
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(np.add.reduce(array, axis=None)))
 
 
 def _ms(time_s: float | None) -> str:
@@ -376,26 +308,4 @@ def clear_cache() -> None:
     >>> gemmconv.clear_cache()
     """
     make_plan.cache_clear()
-    _idle.clear()
-
-
-def _acquire(number: int, size: int, dtype: np.dtype[Any]) -> list[Workspace]:
-    """Take idle workspaces that are large enough, and make the others."""
-    found: list[Workspace] = []
-    idle = _idle.get(dtype)
-    while idle and len(found) < number:
-        try:
-            workspace = idle.pop()
-        except IndexError:  # another thread took the last
-            break
-        if workspace.size >= size:
-            found.append(workspace)
-    return found + [Workspace(size, dtype) for _ in range(number - len(found))]
-
-
-def _release(workspaces: list[Workspace]) -> None:
-    """Keep workspaces for later calls of their dtype, at most one for each usable core."""
-    dtype = workspaces[0].gemm.dtype
-    for workspace in workspaces:
-        workspace.release()
-    _idle.setdefault(dtype, deque(maxlen=usable_cores())).extend(workspaces)
+    running.clear_idle()

@@ -1,0 +1,140 @@
+"""The running of a schedule: its filter packed, workspaces for its workers, its blocks on threads, its time by phase.
+
+Workspaces are kept for later calls. This module chooses nothing but what follows from data: a schedule that would
+spread Inf or NaN gives way to col2im.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemmconv import profile, threads
+from gemmconv.arrays import Array
+from gemmconv.blas import serial_products
+from gemmconv.lowerings import LOWERINGS, NotFiniteError, Operands, Schedule, Workspace
+from gemmconv.machine import Machine, usable_cores
+from gemmconv.problem import Problem
+
+Progress = Callable[[int, int], None]
+
+# No lock: single operations on a dict and a deque are atomic, so a fork or an interrupt cannot leave one behind.
+_idle: dict[np.dtype[Any], deque[Workspace]] = {}
+
+
+class Packed(NamedTuple):
+    """What a schedule makes of a filter, empty if it is used as it lies, and whether the schedule can use it."""
+
+    values: Array
+    usable: bool
+
+
+def pack(schedule: Schedule, problem: Problem, filter: Array) -> Packed:
+    """Bring a filter into the order that a schedule wants."""
+    values = np.empty(schedule.packed_values, problem.compute_dtype)
+    with np.errstate(all="ignore"):
+        if values.size:
+            schedule.pack(filter, values)
+        # Zeros around the value times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
+        looked_at = values if values.size else filter
+        usable = not schedule.wants_finite_filter or bool(np.isfinite(np.add.reduce(looked_at, axis=None)))
+    return Packed(values, usable)
+
+
+def run(
+    schedule: Schedule,
+    problem: Problem,
+    machine: Machine,
+    workers: int,
+    value: Array,
+    filter: Array,
+    result: Array,
+    *,
+    packed: Packed | None = None,
+    progress: Progress | None = None,
+    start_s: float,
+) -> None:
+    """Compute a result for converted operands; `start_s` is when the call began, for its profile."""
+    looking = profile.current()
+    pack_s = time.perf_counter()
+    if packed is None:
+        packed = pack(schedule, problem, filter)
+    pack_s = time.perf_counter() - pack_s
+    if not packed.usable:
+        schedule = LOWERINGS["col2im"](problem, machine)
+    operands = Operands(value, filter, result, packed.values)
+    workspaces = _acquire(workers, schedule.workspace_bytes, problem.compute_dtype)
+    clocks = [profile.Clock() if looking else None for _ in workspaces]
+    for workspace, clock in zip(workspaces, clocks, strict=True):
+        workspace.clock = clock
+    done = itertools.count(1)
+
+    def task(index: int, slot: int) -> None:
+        clock = clocks[slot]
+        if clock:
+            clock.start()
+        schedule.run(index, operands, workspaces[slot])
+        if progress is not None:
+            progress(next(done), schedule.count)
+        if clock:
+            clock("overhead")
+
+    run_s = time.perf_counter()
+    limit = schedule.largest_product > serial_products()
+    try:
+        threads.run(task, schedule.count, len(workspaces), limit_blas=limit)
+    except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
+        again = LOWERINGS["col2im"](problem, machine)
+        run(again, problem, machine, workers, value, filter, result, progress=progress, start_s=start_s)
+        return
+    end_s = time.perf_counter()
+    _release(workspaces)
+    if looking:
+        looking.add(*_account(clocks, pack_s, run_s - start_s, end_s - run_s))
+
+
+def _account(
+    clocks: Sequence[profile.Clock | None], pack_s: float, before_s: float, run_s: float
+) -> tuple[dict[str, float], float]:
+    """Return the worker-seconds of a call by phase, and all of them: what comes before the blocks counts for each."""
+    workers = len(clocks)
+    seconds = dict.fromkeys(profile.PHASES, 0.0)
+    for clock in clocks:
+        for phase, time_s in (clock.seconds if clock else {}).items():
+            seconds[phase] += time_s
+    seconds["wait"] += workers * run_s - sum(seconds.values())
+    seconds["pack"] += workers * pack_s
+    seconds["overhead"] += workers * (before_s - pack_s)
+    return seconds, workers * (before_s + run_s)
+
+
+def clear_idle() -> None:
+    """Free idle workspaces."""
+    _idle.clear()
+
+
+def _acquire(number: int, size: int, dtype: np.dtype[Any]) -> list[Workspace]:
+    """Take idle workspaces that are large enough, and make the others."""
+    found: list[Workspace] = []
+    idle = _idle.get(dtype)
+    while idle and len(found) < number:
+        try:
+            workspace = idle.pop()
+        except IndexError:  # another thread took the last
+            break
+        if workspace.size >= size:
+            found.append(workspace)
+    return found + [Workspace(size, dtype) for _ in range(number - len(found))]
+
+
+def _release(workspaces: list[Workspace]) -> None:
+    """Keep workspaces for later calls of their dtype, at most one for each usable core."""
+    dtype = workspaces[0].gemm.dtype
+    for workspace in workspaces:
+        workspace.release()
+    _idle.setdefault(dtype, deque(maxlen=usable_cores())).extend(workspaces)
