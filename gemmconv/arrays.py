@@ -45,9 +45,10 @@ def operand(function: str, name: str, given: Any, dtype: np.dtype[Any]) -> Array
     array, is_weak = _array(function, name, given)
     if is_weak:
         array = _weak(function, name, given, _with_kind(dtype, array))
-    found = common(function, array, np.empty(0, dtype))
+    mine = _supported(function, name, array)
+    found = "nothing" if {mine.name, dtype.name} == {"float16", "bfloat16"} else np.result_type(mine, dtype)
     if found != dtype:
-        raise TypeError(f"{function}: {name} of {array.dtype} gives {found}, but the plan was made for {dtype}")
+        raise TypeError(f"{function}: {name} of {mine} gives {found}, but the plan was made for {dtype}")
     return array
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, running
+from gemmconv import arrays, profile, running
 from gemmconv.arrays import Array
 from gemmconv.lowerings import LOWERINGS, CannotLowerError, Schedule
 from gemmconv.lowerings.cost import total_s
@@ -149,7 +149,8 @@ class Plan:
         out : ndarray, optional
             Where to write the result: the plan's `output_shape`, and a dtype to which the plan's casts safely.
         progress : callable, optional
-            Called as ``progress(done, total)`` after each block, from worker threads.
+            Called as ``progress(done, total)`` after each block, from worker threads. It starts again, with another
+            total, in the rare case that minimal filtering meets results that are not finite.
 
         Returns
         -------
@@ -223,7 +224,7 @@ class Plan:
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
         start_s = time.perf_counter()
-        problem = self.problem
+        looking, problem = profile.current(), self.problem
         target = None if out is None else arrays.check_out(function, out, problem.output_shape, problem.dtype)
         operands = [arrays.converted(array, problem.dtype) for array in (value, filter)]
         if target is not None and target.flags.carray and target.dtype == problem.dtype:
@@ -231,10 +232,11 @@ class Plan:
             operands = [array.copy() if np.may_share_memory(array, result) else array for array in operands]
         else:
             result = np.empty(problem.output_shape, problem.dtype)
+        seconds = None
         if self.schedule is None:
             result[...] = 0
         else:
-            running.run(
+            seconds = running.run(
                 self.schedule,
                 problem,
                 self.machine,
@@ -244,16 +246,17 @@ class Plan:
                 result,
                 packed=packed,
                 progress=progress,
-                start_s=start_s,
             )
-        if out is None or target is None:
-            return result
-        if target is not result:
+        copy_s = time.perf_counter()
+        if target is not None and target is not result:
             np.copyto(target, result)
-        return out
+        if looking:
+            end_s = time.perf_counter()
+            looking.add(seconds or {}, self.used_workers, end_s - start_s, end_s - copy_s)
+        return result if out is None else out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """A plan with its filter, to be called with values; see `Plan.prepare`."""
 

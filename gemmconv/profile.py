@@ -38,12 +38,13 @@ class Profile:
         self.calls = 0
         self._lock = threading.Lock()
 
-    def add(self, seconds: dict[str, float], worker_seconds: float) -> None:
-        """Add the phases of one call."""
+    def add(self, seconds: dict[str, float], workers: int, call_s: float, copy_s: float) -> None:
+        """Add one call: its phases, and what is none of them for all its workers, a last copy of the result apart."""
+        rest = workers * (call_s - copy_s) - sum(seconds.values())
         with self._lock:
-            for phase, time_s in seconds.items():
+            for phase, time_s in (*seconds.items(), ("store", workers * copy_s), ("overhead", rest)):
                 self.seconds[phase] += time_s
-            self.worker_seconds += worker_seconds
+            self.worker_seconds += workers * call_s
             self.calls += 1
 
 

@@ -57,9 +57,8 @@ def run(
     *,
     packed: Packed | None = None,
     progress: Progress | None = None,
-    start_s: float,
-) -> None:
-    """Compute a result for converted operands; `start_s` is when the call began, for its profile."""
+) -> dict[str, float] | None:
+    """Compute a result for converted operands; return the worker-seconds by phase if the call is looked at."""
     looking = profile.current()
     pack_s = time.perf_counter()
     if packed is None:
@@ -90,27 +89,21 @@ def run(
         threads.run(task, schedule.count, len(workspaces), limit_blas=limit)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
         again = LOWERINGS["col2im"](problem, machine)
-        run(again, problem, machine, workers, value, filter, result, progress=progress, start_s=start_s)
-        return
-    end_s = time.perf_counter()
+        return run(again, problem, machine, workers, value, filter, result, progress=progress)
+    run_s = time.perf_counter() - run_s
     _release(workspaces)
-    if looking:
-        looking.add(*_account(clocks, pack_s, run_s - start_s, end_s - run_s))
+    return _account([clock for clock in clocks if clock], pack_s, run_s) if looking else None
 
 
-def _account(
-    clocks: Sequence[profile.Clock | None], pack_s: float, before_s: float, run_s: float
-) -> tuple[dict[str, float], float]:
-    """Return the worker-seconds of a call by phase, and all of them: what comes before the blocks counts for each."""
-    workers = len(clocks)
+def _account(clocks: Sequence[profile.Clock], pack_s: float, run_s: float) -> dict[str, float]:
+    """Return worker-seconds by phase: packing counts for all workers, and what no clock has seen is waiting."""
     seconds = dict.fromkeys(profile.PHASES, 0.0)
     for clock in clocks:
-        for phase, time_s in (clock.seconds if clock else {}).items():
+        for phase, time_s in clock.seconds.items():
             seconds[phase] += time_s
-    seconds["wait"] += workers * run_s - sum(seconds.values())
-    seconds["pack"] += workers * pack_s
-    seconds["overhead"] += workers * (before_s - pack_s)
-    return seconds, workers * (before_s + run_s)
+    seconds["wait"] += len(clocks) * run_s - sum(seconds.values())
+    seconds["pack"] += len(clocks) * pack_s
+    return seconds
 
 
 def clear_idle() -> None:

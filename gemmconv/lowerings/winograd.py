@@ -405,7 +405,9 @@ class Winograd:
 
 def schedule(problem: Problem, machine: Machine) -> Winograd:
     """Choose axis and blocks for a problem by cost, or raise CannotLowerError where no axis can be filtered."""
-    kernel = "x".join(map(str, problem.kernel))
+    kernel, strides, dilations = (
+        "x".join(str(getattr(axis, name)) for axis in problem.axes) for name in ("kernel", "stride", "dilation")
+    )
     problem = simplified(problem)
     axes = canonical(problem.axes)
     found: list[Winograd] = []
@@ -419,16 +421,23 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
         for parts, positions in product(_PARTS, _POSITIONS):
             if parts == 1 or problem.cout >= parts * _WIDE:
                 found.extend(_candidates(problem, axes, of_axes, along, lines, positions, parts))
-    limit = most_workspace_bytes(machine)
-    found = [s for s in found if s.workspace_bytes <= limit]
-    item = problem.compute_dtype.itemsize
-    found = [s for s in found if s.packed_values * item <= _MOST_PACKED]
+    text = f"{problem.operation}: algorithm='winograd' cannot do this problem:"
     if not found:
         raise CannotLowerError(
-            f"{problem.operation}: algorithm='winograd' cannot do this problem: it needs 2 or 3 neighbouring taps in "
-            f"every phase of depth or height, got kernel {kernel}, and blocks of at most "
-            f"{limit} bytes; 'col2im' and 'auto' can"
+            f"{text} it needs 2 or 3 neighbouring taps in every phase of depth or height, and no gaps if those are "
+            f"several phases, got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
         )
+    limit = most_workspace_bytes(machine)
+    small_enough = [s for s in found if s.workspace_bytes <= limit]
+    if not small_enough:
+        least = min(s.workspace_bytes for s in found)
+        raise CannotLowerError(f"{text} its blocks take {least} bytes, more than {limit}; 'col2im' and 'auto' can")
+    packed_bytes = min(s.packed_values for s in found) * problem.compute_dtype.itemsize
+    if packed_bytes > _MOST_PACKED:
+        raise CannotLowerError(
+            f"{text} its packed filter takes {packed_bytes} bytes, more than {_MOST_PACKED}; 'col2im' and 'auto' can"
+        )
+    found = small_enough
     return best(found, machine)
 
 
