@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--quick", action="store_true", help="every third layer, few short rounds, one launch: a first look"
     )
-    run.add_argument("--minutes", type=float, help="about how long the rounds may take (10; 1.4 with --quick)")
+    run.add_argument("--minutes", type=float, help="about how long the rounds may take (5; 1.4 with --quick)")
     run.add_argument("--launches", type=int, help="times that all processes are started anew (3; 1 with --quick)")
     run.add_argument("--rounds", type=int, help="rounds of each launch (as many as the minutes allow, 2 to 7)")
     run.add_argument("--confidence", type=_fraction, default=0.95, help="of the intervals (95%%)")
@@ -146,7 +146,7 @@ def options_of(args: argparse.Namespace) -> Options:
         subject, *against = contenders.parse_all([args.subject, *args.against])
     except ValueError as error:
         raise Refused(str(error)) from error
-    minutes = args.minutes or (1.4 if args.quick else 10.0)
+    minutes = args.minutes or (1.4 if args.quick else 5.0)
     launches = args.launches or (1 if args.quick else 3)
     return Options(
         suite=args.suite,
