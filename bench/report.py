@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.compare import Comparison
-from bench.results import Document, Row, failures
+from bench.results import Document, Row, best_framework, failures
 
 PLAIN_WIDTH = 170  # where the output is no terminal
 
@@ -60,6 +60,13 @@ def print_speed(found: Document, out: Console) -> None:
         out.print(table)
     if found["summaries"]:
         out.print(_summary_table(found["summaries"], percent))
+    for workers in found["settings"]["workers"]:
+        best = best_framework(found["ratios"], workers)
+        if best is not None:
+            out.print(
+                f"against the fastest of {', '.join(best['contenders'])} on each layer, {workers} worker(s): "
+                f"{best['ratio']:.2f}, worst {best['worst_layer']} {best['worst_ratio']:.2f}"
+            )
     for name in ("flops", "roof", "interval"):
         out.print(f"{name}: {found['conventions'][name]}", style="dim")
     _print_doubts(found, out)

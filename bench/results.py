@@ -34,6 +34,7 @@ CONVENTIONS = {
     "spread_fraction": "the interquartile range of the visits' medians over their median",
     "error_fraction": "the largest difference from the float64 result over its largest magnitude",
 }
+FRAMEWORKS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # Statuses of a row: all but 'ok' and 'unsupported' are failures of the contender.
 FAILURES = ("wrong", "raised", "hung", "died", "given up")
 
@@ -146,6 +147,22 @@ def compare_all(rows: Sequence[Row], subject: str, confidence: float) -> tuple[l
             }
         )
     return ratios, summaries
+
+
+def best_framework(ratios: Sequence[Row], workers: int) -> Row | None:
+    """What the subject comes to against the fastest framework of each layer, None if fewer than two were measured."""
+    of_layer: dict[str, list[float]] = {}
+    names: set[str] = set()
+    for row in ratios:
+        if row["workers"] == workers and row["contender"] in FRAMEWORKS:
+            of_layer.setdefault(row["layer"], []).append(row["ratio"])
+            names.add(row["contender"])
+    if len(names) < 2:
+        return None
+    best = {layer: min(found) for layer, found in of_layer.items()}
+    worst = min(best, key=lambda layer: best[layer])
+    mean = math.exp(sum(map(math.log, best.values())) / len(best))
+    return {"contenders": sorted(names), "ratio": mean, "worst_layer": worst, "worst_ratio": best[worst]}
 
 
 def interval_row(interval: Interval) -> Row:

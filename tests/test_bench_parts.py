@@ -232,3 +232,20 @@ def test_what_is_no_result_is_refused(tmp_path, changes, text):
         results.read(path)
     with pytest.raises(ValueError, match="Out of range float"):
         results.write(document(rows=[math.nan]), path)
+
+
+def test_the_fastest_framework_of_each_layer_is_found():
+    """The least ratio of frameworks a layer, NumPy and other numbers of workers left out; none with one framework."""
+    ratios = [
+        {"layer": layer, "contender": contender, "workers": workers, "ratio": ratio}
+        for layer, contender, workers, ratio in [
+            ("a", "torch", 1, 2.0),
+            ("a", "openvino", 1, 0.5),
+            ("a", "numpy", 1, 0.1),
+            ("b", "torch", 1, 2.0),
+            ("b", "torch", 2, 0.1),
+        ]
+    ]
+    found = results.best_framework(ratios, 1)
+    assert found == {"contenders": ["openvino", "torch"], "ratio": 1.0, "worst_layer": "a", "worst_ratio": 0.5}
+    assert results.best_framework(ratios, 2) is None
