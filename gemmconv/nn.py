@@ -58,8 +58,9 @@ def conv3d_transpose(
     out : ndarray, optional
         Where to write the result: of its shape, and of a dtype to which its dtype casts safely. If the call fails or is
         interrupted in mid-run, `out` may be partly written; a refused call leaves it as it was.
-    algorithm : {'auto', 'col2im'}
-        The lowering; 'auto' takes the plan's choice.
+    algorithm : {'auto', 'col2im', 'kn2row', 'winograd'}
+        The lowering. 'auto' takes the one that is estimated to be the fastest; 'col2im' can do every problem. Whole
+        numbers give the same bits with each, as long as their sums are exact; other data the same up to rounding.
     workers : int, optional
         Threads to use, at most the usable cores; negative numbers count from the end. None takes `set_workers`' value,
         else as many as BLAS is allowed. The result has the same bits for any number.
@@ -74,8 +75,8 @@ def conv3d_transpose(
     Raises
     ------
     ValueError, TypeError
-        If an argument is not as above. The text names the argument, the value and the rule with its numbers; nothing
-        was computed and `out` not touched.
+        If an argument is not as above, or the lowering that was asked for cannot do this problem. The text names the
+        argument, the value and the rule with its numbers; nothing was computed and `out` not touched.
 
     References
     ----------

@@ -1,7 +1,7 @@
 """How a problem is done: the choice of a lowering, and its cost in numbers; running.py does it.
 
-A plan is a pure function of (problem, machine, algorithm, workers), made once and cached. It parses no arguments of the
-public functions, and knows nothing of how a lowering works.
+A plan is a pure function of (problem, machine, algorithm, workers) and the BLAS, made once and cached. It parses no
+arguments of the public functions, and knows nothing of how a lowering works.
 """
 
 from __future__ import annotations
@@ -258,18 +258,48 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A plan with its filter, to be called with values; see `Plan.prepare`."""
+    """A plan with its filter, to be called with values; `Plan.prepare` makes it.
+
+    Like a plan it can be called from any number of threads at once.
+
+    Attributes
+    ----------
+    plan : Plan
+        What it was made from.
+    filter : ndarray
+        A copy of the filter, in the plan's dtype.
+    packed : Packed or None
+        The filter as the schedule takes it; None if there is no product to form.
+    """
 
     plan: Plan
     filter: Array
     packed: Packed | None
 
-    def __call__(self, value: Any, out: Array | None = None) -> Array:
-        """Compute the result for a value of the plan's shape, into `out` or a new array."""
+    def __call__(self, value: Any, out: Array | None = None, *, progress: Progress | None = None) -> Array:
+        """Compute the result for a value, with the bits of the plan's.
+
+        Parameters
+        ----------
+        value : array_like
+            Of the problem's `value_shape`, and of a dtype that gives results of the plan's.
+        out, progress
+            As in a call of the plan.
+
+        Returns
+        -------
+        ndarray
+            `out`, or a new C-contiguous array.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument does not fit the plan; nothing was touched.
+        """
         name = f"plan of {self.plan.problem.operation}"
         x = arrays.operand(name, "value", value, self.plan.dtype)
         self.plan._check(name, "value", x, self.plan.problem.value_shape)
-        return self.plan.execute(name, x, self.filter, out, packed=self.packed)
+        return self.plan.execute(name, x, self.filter, out, progress, self.packed)
 
 
 def _ms(time_s: float | None) -> str:

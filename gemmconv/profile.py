@@ -23,7 +23,8 @@ class Profile:
     ----------
     seconds : dict of str to float
         Worker-seconds by phase. 'pack': bringing rows or the filter into the order that GEMM takes, zeros around them
-        included; 'gemm': products; 'col2im': adding columns; 'store': writing results into the output; 'wait': workers
+        included; 'gemm': products, and in col2im the widening of half precisions for them; 'col2im': adding columns,
+        and in winograd combining sums to results; 'store': writing results into the output; 'wait': workers
         without a block, before their first and after their last; 'overhead': all else, such as checking arguments,
         allocating the output and the steps between the others.
     worker_seconds : float

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ def run(
         packed = pack(schedule, problem, filter)
     pack_s = time.perf_counter() - pack_s
     if not packed.usable:
-        schedule = LOWERINGS["col2im"](problem, machine)
+        schedule = _complete(problem, machine)
     operands = Operands(value, filter, result, packed.values)
     workspaces = _acquire(workers, schedule.workspace_bytes, problem.compute_dtype)
     clocks = [profile.Clock() if looking else None for _ in workspaces]
@@ -85,13 +86,17 @@ def run(
 
     run_s = time.perf_counter()
     limit = schedule.largest_product > serial_products()
+    finite = True
     try:
         threads.run(task, schedule.count, len(workspaces), limit_blas=limit)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
-        again = LOWERINGS["col2im"](problem, machine)
-        return run(again, problem, machine, workers, value, filter, result, progress=progress)
+        finite = False
     run_s = time.perf_counter() - run_s
     _release(workspaces)
+    if not finite:
+        packed = Packed(np.empty(0, problem.compute_dtype), False)
+        return run(_complete(problem, machine), problem, machine, workers, value, filter, result, packed=packed,
+                   progress=progress)  # fmt: skip
     return _account([clock for clock in clocks if clock], pack_s, run_s) if looking else None
 
 
@@ -106,8 +111,15 @@ def _account(clocks: Sequence[profile.Clock], pack_s: float, run_s: float) -> di
     return seconds
 
 
+@lru_cache(maxsize=64)
+def _complete(problem: Problem, machine: Machine) -> Schedule:
+    """Return the schedule of the lowering that is right for all data."""
+    return LOWERINGS["col2im"](problem, machine)
+
+
 def clear_idle() -> None:
-    """Free idle workspaces."""
+    """Free idle workspaces, and forget the schedules that others gave way to."""
+    _complete.cache_clear()
     _idle.clear()
 
 

@@ -29,6 +29,7 @@ from gemmconv.lowerings import (
     by_taps,
     cost,
     kn2row,
+    winograd,
 )
 from gemmconv.lowerings.base import Box, Columns, Cut
 from gemmconv.lowerings.phases import slots
@@ -41,6 +42,7 @@ ORDERS = {
     "by_rows": by_rows.schedule,
     "by_planes": by_planes.schedule,
     "kn2row": kn2row.schedule,
+    "winograd": winograd.schedule,
 }
 COL2IM = ("by_taps", "by_rows", "by_planes")
 TINY_CACHE, SMALL_CACHE, CACHE = 64, 4096, 1 << 20
@@ -113,6 +115,36 @@ def test_every_block_size_gives_the_oracles_bits(order, seed):
             cut += plan.blocks > 4
             assert same_bits(plan(value, filter), exact), (i, l2_bytes, plan.schedule)
     assert cut > (30 if order in COL2IM else 2), "the small caches must cut problems into blocks"
+
+
+@pytest.mark.parametrize("positions", [1, 3, 7, 20])
+@pytest.mark.parametrize("order", ["kn2row", "winograd"])
+def test_blocks_of_few_positions_give_the_oracles_bits(order, positions, monkeypatch):
+    """Blocks cut along width too, shorter than what taps reach, with one channel so that taps are joined along k."""
+    monkeypatch.setattr(kn2row, "_POSITIONS", (positions,))
+    monkeypatch.setattr("gemmconv.lowerings.winograd._POSITIONS", (positions,))
+    rng = np.random.default_rng([positions, 18])
+    cut = 0
+    for i in range(80):
+        problem = random_problem(rng, "float32" if i % 3 else "float64")
+        plan = plan_of(problem, order, CACHE)
+        if plan is None:
+            continue
+        value, filter = (integers(rng, s, problem.dtype) for s in (problem.value_shape, problem.filter_shape))
+        cut += len(plan.schedule.cuts[-1]) > 1
+        assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), problem.dtype)), i
+    assert cut > 5 or positions > 7 or order == "winograd"
+
+
+def test_width_blocks_shorter_than_the_taps_reach(monkeypatch):
+    """Taps joined along k that land in a block with some of their shifts only."""
+    monkeypatch.setattr(kn2row, "_POSITIONS", (32,))
+    value, filter = np.ones((1, 1, 1, 40, 1), np.float32), np.ones((1, 1, 33, 8, 1), np.float32)
+    problem = conv3d_transpose_problem(value.shape, filter.shape, None, None, "VALID", None, None, np.dtype(np.float32))
+    plan = plan_of(problem, "kn2row", CACHE)
+    assert len(plan.schedule.cuts[2]) > 1
+    assert len(plan.schedule.panels[0][0].deep) == 33
+    assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), np.float32))
 
 
 @pytest.mark.parametrize("order", COL2IM)

@@ -439,6 +439,12 @@ def test_winograd_says_that_a_filter_is_too_large():
         plan_conv3d_transpose((1, 4, 4, 4, 512), (3, 3, 3, 512, 512), algorithm="winograd")
 
 
+def test_winograd_packs_no_more_than_it_may():
+    """An axis whose packed filter is too large is left out, whatever it costs."""
+    plan = plan_conv3d_transpose((1, 32, 3, 64, 1024), (2, 3, 1, 1024, 1024), algorithm="winograd")
+    assert 0 < plan.packed_bytes <= 32 << 20
+
+
 def test_kn2row_says_what_it_cannot():
     """Taps that reach further than a block's rows can be held, with what they reach, take and may take."""
     value, filter = np.ones((1, 1, 1, 40_000, 64), np.float32), np.ones((1, 1, 2, 2, 64), np.float32)

@@ -12,7 +12,7 @@ from gemmconv.blas import serial_products
 from gemmconv.machine import Machine
 
 # GEMM: the rate of large products, and the sizes of m, n and k at which half of it is reached.
-GEMM_FLOPS_PER_S = 200e9
+_GEMM_FLOPS_PER_S = 200e9
 _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
 # Small products one after the other in a single step, without packing.
 _SMALL_FLOPS_PER_S = 180e9
@@ -20,7 +20,7 @@ _SMALL_FLOPS_PER_S = 180e9
 _STREAMED_VALUE_S = 0.25e-9
 # A step in Python: one GEMM call, and one addition or copy with the slices it needs. More than it takes alone: threads
 # that take steps in turn wait for each other.
-STEP_S, _PASS_STEP_S = 5e-6, 3e-6
+_STEP_S, _PASS_STEP_S = 5e-6, 3e-6
 # A value added, and what each inner loop of NumPy costs beside its values: in cache, and through the ufunc buffer,
 # which joins short loops.
 _VALUE_S, _RUN_S = 0.085e-9, 26e-9
@@ -67,15 +67,15 @@ S = TypeVar("S", bound=Costed)
 def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
     """Return the time of one GEMM call; `spilled` says that it adds to sums that are not in cache."""
     if m == 1 and n * k > serial_products():  # as gemv
-        return STEP_S + n * k * _STREAMED_VALUE_S
+        return _STEP_S + n * k * _STREAMED_VALUE_S
     added = m * n * _SPILLED_VALUE_S if spilled else 0.0
-    return STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / GEMM_FLOPS_PER_S
+    return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
 
 
 def small_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
     """Return the time of small products that together are m by n by k, in one step, and of adding them to sums."""
     added = m * n * (2 * _VALUE_S + spilled * _SPILLED_VALUE_S)
-    return 2 * STEP_S + added + 2 * m * n * k / _SMALL_FLOPS_PER_S
+    return 2 * _STEP_S + added + 2 * m * n * k / _SMALL_FLOPS_PER_S
 
 
 def pass_s(values: float, run: float, *, spilled: bool = False) -> float:

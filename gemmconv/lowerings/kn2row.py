@@ -205,7 +205,7 @@ class Kn2Row:
         clock = workspace.clock
         sums = workspace.take(sizes.rows * columns)
         sums[...] = 0  # so that a sum of -0.0 becomes +0.0
-        first = problem.layout == "NCDHW"
+        channels_first, item = problem.layout == "NCDHW", gemm.itemsize
         if program.in_place is None:
             grid, ld = workspace.take(sizes.grid_rows * cin), sizes.grid_rows
             coarse = [axis.coarse for axis in self.axes]
@@ -214,10 +214,9 @@ class Kn2Row:
             source = address(grid)
         else:
             ld = math.prod(axis.coarse for axis in self.axes)
-            source = address(operands.value) + program.in_place * workspace.gemm.itemsize
+            source = address(operands.value) + program.in_place * item
         if clock:
             clock("pack")
-        item = gemm.itemsize
         to = address(sums)
         taps = operands.packed if self.packs else operands.filter
         per_channel = taps.size // (problem.cout * cin) if self.packs else 1
@@ -228,7 +227,7 @@ class Kn2Row:
         if problem.dtype.kind == "c":
             sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
         shape = (block.depth[1] - block.depth[0], sizes.pitch, sizes.grid[2])
-        if first:
+        if channels_first:
             by_row = np.moveaxis(sums.reshape(*lanes, channels, *shape), (4, 5, 6), (0, 1, 2))
         else:
             by_row = sums.reshape(*shape, *lanes, channels)
@@ -329,7 +328,9 @@ class Kn2Row:
         (_, height, width), pitch = sizes.grid, sizes.pitch
         lands = []
         for axis, shift, (start, stop) in zip(self.axes, panel.shift, spans, strict=True):
-            lands.append((max(start, shift) - start, min(stop, axis.coarse + shift) - start))
+            # Joined along k are shifts of width down to this one.
+            least = shift - len(panel.deep) + 1 if axis is self.axes[2] else shift
+            lands.append((max(start, least) - start, min(stop, axis.coarse + shift) - start))
         (d0, d1), (h0, h1), (w0, w1) = lands
         if d0 >= d1 or h0 >= h1 or w0 >= w1:
             return None

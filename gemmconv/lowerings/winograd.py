@@ -432,12 +432,13 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
     if not small_enough:
         least = min(s.workspace_bytes for s in found)
         raise CannotLowerError(f"{text} its blocks take {least} bytes, more than {limit}; 'col2im' and 'auto' can")
-    packed_bytes = min(s.packed_values for s in found) * problem.compute_dtype.itemsize
-    if packed_bytes > _MOST_PACKED:
+    item = problem.compute_dtype.itemsize
+    found = [s for s in small_enough if s.packed_values * item <= _MOST_PACKED]
+    if not found:
+        packed_bytes = min(s.packed_values for s in small_enough) * item
         raise CannotLowerError(
             f"{text} its packed filter takes {packed_bytes} bytes, more than {_MOST_PACKED}; 'col2im' and 'auto' can"
         )
-    found = small_enough
     return best(found, machine)
 
 
