@@ -64,7 +64,7 @@ class Plan:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """The shape of the result, in the layout's order."""
-        return self.problem.output_shape
+        return self.problem.result_shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -87,7 +87,7 @@ class Plan:
     @property
     def bytes_moved(self) -> int:
         """Bytes of value, filter and result, each once: the least that memory must move. Columns stay in cache."""
-        shapes = self.problem.value_shape, self.problem.filter_shape, self.problem.output_shape
+        shapes = self.problem.operand_shapes[0], self.problem.operand_shapes[1], self.problem.result_shape
         return sum(map(math.prod, shapes)) * self.problem.dtype.itemsize
 
     @property
@@ -125,9 +125,9 @@ class Plan:
         intensity = self.flops / max(1, self.bytes_moved)
         rows = {
             "operation": f"{p.operation} of {p.dtype} in {p.layout}",
-            "value": f"{p.value_shape}",
-            "filter": f"{p.filter_shape}",
-            "output": f"{p.output_shape}",
+            "value": f"{p.operand_shapes[0]}",
+            "filter": f"{p.operand_shapes[1]}",
+            "output": f"{p.result_shape}",
             "kernel": f"{_by(kernel)}, strides {_by(strides)}, dilations {_by(dilations)}, padded before {_by(before)}",
             "algorithm": self.algorithm,
             "reason": self.reason,
@@ -165,8 +165,8 @@ class Plan:
         name = f"plan of {self.problem.operation}"
         x, w, dtype = arrays.operands(name, value, filter)
         for argument, array, shape in (
-            ("value", x, self.problem.value_shape),
-            ("filter", w, self.problem.filter_shape),
+            ("value", x, self.problem.operand_shapes[0]),
+            ("filter", w, self.problem.operand_shapes[1]),
         ):
             self._check(name, argument, array, shape)
         if dtype != self.dtype:
@@ -205,7 +205,7 @@ class Plan:
         """
         name = f"plan of {self.problem.operation}"
         w = arrays.operand(name, "filter", filter, self.dtype)
-        self._check(name, "filter", w, self.problem.filter_shape)
+        self._check(name, "filter", w, self.problem.operand_shapes[1])
         kept = arrays.converted(w, self.problem.dtype).copy()
         return Prepared(self, kept, None if self.schedule is None else running.pack(self.schedule, self.problem, kept))
 
@@ -221,17 +221,18 @@ class Plan:
         out: Array | None,
         progress: Progress | None = None,
         packed: Packed | None = None,
+        bias: Array | None = None,
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
         start_s = time.perf_counter()
         looking, problem = profile.current(), self.problem
-        target = None if out is None else arrays.check_out(function, out, problem.output_shape, problem.dtype)
+        target = None if out is None else arrays.check_out(function, out, problem.result_shape, problem.dtype)
         operands = [arrays.converted(array, problem.dtype) for array in (value, filter)]
         if target is not None and target.flags.carray and target.dtype == problem.dtype:
             result = target
             operands = [array.copy() if np.may_share_memory(array, result) else array for array in operands]
         else:
-            result = np.empty(problem.output_shape, problem.dtype)
+            result = np.empty(problem.result_shape, problem.dtype)
         seconds = None
         if self.schedule is None:
             result[...] = 0
@@ -298,7 +299,7 @@ class Prepared:
         """
         name = f"plan of {self.plan.problem.operation}"
         x = arrays.operand(name, "value", value, self.plan.dtype)
-        self.plan._check(name, "value", x, self.plan.problem.value_shape)
+        self.plan._check(name, "value", x, self.plan.problem.operand_shapes[0])
         return self.plan.execute(name, x, self.filter, out, progress, self.packed)
 
 

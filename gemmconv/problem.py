@@ -14,13 +14,20 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 SPATIAL = ("depth", "height", "width")
 LAYOUTS = ("NDHWC", "NCDHW")
 PADDINGS = ("SAME", "VALID")
+Role = Literal["coarse", "fine", "filter"]
+# First operand, second operand, result.
+OPERATIONS: dict[str, tuple[Role, Role, Role]] = {
+    "conv3d_transpose": ("coarse", "filter", "fine"),
+    "conv3d": ("fine", "filter", "coarse"),
+    "conv3d_backprop_filter": ("fine", "coarse", "filter"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,12 @@ class Axis:
 class Problem:
     """One operation on arrays of given shapes: hashable, so that plans can be cached by it.
 
-    ``dtype`` is the result's. The three axes are depth, height and width, whatever the layout.
+    The transposed convolution scatters a coarse array over a fine one, the convolution gathers a coarse array from a
+    fine one, and the filter's gradient correlates the two; all three relate them by the same axes and the same filter
+    [kd, kh, kw, channels of the fine array in a group, channels of the coarse array].
+
+    ``cin`` and ``cout`` are the channels of *one* group of the coarse and of the fine array, named for the transposed
+    convolution, whose input is coarse. ``dtype`` is the result's. Axes are depth, height and width in either layout.
     """
 
     operation: str
@@ -93,16 +105,35 @@ class Problem:
         return d.kernel, h.kernel, w.kernel
 
     @cached_property
-    def value_shape(self) -> tuple[int, ...]:
-        return in_layout(self.layout, self.batch, self.coarse, self.cin)
+    def coarse_shape(self) -> tuple[int, ...]:
+        return in_layout(self.layout, self.batch, self.coarse, self.cin * self.groups)
+
+    @cached_property
+    def fine_shape(self) -> tuple[int, ...]:
+        return in_layout(self.layout, self.batch, self.fine, self.cout * self.groups)
 
     @cached_property
     def filter_shape(self) -> tuple[int, ...]:
-        return (*self.kernel, self.cout, self.cin)
+        return (*self.kernel, self.cout, self.cin * self.groups)
 
-    @cached_property
-    def output_shape(self) -> tuple[int, ...]:
-        return in_layout(self.layout, self.batch, self.fine, self.cout)
+    @property
+    def roles(self) -> tuple[Role, Role, Role]:
+        """What the first operand, the second and the result are."""
+        return OPERATIONS[self.operation]
+
+    def shape_of(self, role: str) -> tuple[int, ...]:
+        """Return the shape of the coarse array, the fine one or the filter."""
+        shape: tuple[int, ...] = getattr(self, f"{role}_shape")
+        return shape
+
+    @property
+    def operand_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        first, second, _ = self.roles
+        return self.shape_of(first), self.shape_of(second)
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        return self.shape_of(self.roles[2])
 
     @cached_property
     def compute_dtype(self) -> np.dtype[Any]:
@@ -111,13 +142,13 @@ class Problem:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no product to form, so that the result is empty or all zeros."""
-        return 0 in self.value_shape or 0 in self.filter_shape or 0 in self.output_shape
+        """Whether there is no product to form, so that the result is empty or has no sums."""
+        return 0 in self.coarse_shape or 0 in self.filter_shape or 0 in self.fine_shape
 
     @cached_property
     def flops(self) -> int:
-        """FLOPs of all products, input-sized (2*N*D*H*W*Cin*Cout*kd*kh*kw); complex ones count four times."""
-        real = 2 * self.batch * math.prod(self.coarse) * self.cin * self.cout * math.prod(self.kernel)
+        """FLOPs of all products, coarse-sized (2*N*D*H*W*Cin*Cout*kd*kh*kw a group); complex ones count four times."""
+        real = 2 * self.batch * math.prod(self.coarse) * self.cin * self.cout * math.prod(self.kernel) * self.groups
         return real * (4 if self.dtype.kind == "c" else 1)
 
 
@@ -286,7 +317,7 @@ def _checked(
         lo = max(0, (n - 1) * s + extent(k, d) - o) // 2 if padding == "SAME" else 0
         axes.append(Axis(n, o, k, s, d, lo))
     problem = Problem("conv3d_transpose", value_shape[0], cin, cout, (axes[0], axes[1], axes[2]), dtype, layout)
-    for name, shape in (("value", value_shape), ("filter", filter_shape), ("output_shape", problem.output_shape)):
+    for name, shape in (("value", value_shape), ("filter", filter_shape), ("output_shape", problem.fine_shape)):
         # NumPy refuses such sizes too, but counts zero-sized axes as one while it does so.
         size = math.prod(max(1, n) for n in shape) * problem.compute_dtype.itemsize
         if size > sys.maxsize:

@@ -93,7 +93,7 @@ def expected(problem, value, filter):
         lo = max(0, (axis.coarse - 1) * axis.stride + axis.extent - axis.fine) // 2
         if not low <= axis.fine <= high or lo != axis.lo:
             padding = "VALID"
-    return oracle.conv3d_transpose(value, filter, problem.output_shape, strides, padding, problem.layout, dilations)
+    return oracle.conv3d_transpose(value, filter, problem.fine_shape, strides, padding, problem.layout, dilations)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -104,7 +104,7 @@ def test_every_block_size_gives_the_oracles_bits(order, seed):
     cut = 0
     for i in range(60):
         problem = random_problem(rng, "float32" if i % 4 else "float16" if i % 8 else "complex64")
-        value, filter = (integers(rng, s, problem.dtype) for s in (problem.value_shape, problem.filter_shape))
+        value, filter = (integers(rng, s, problem.dtype) for s in (problem.coarse_shape, problem.filter_shape))
         if problem.dtype == np.float16:
             value, filter = value % 2, filter % 2
         exact = oracle.rounded(expected(problem, value, filter), problem.dtype)
@@ -130,7 +130,7 @@ def test_blocks_of_few_positions_give_the_oracles_bits(order, positions, monkeyp
         plan = plan_of(problem, order, CACHE)
         if plan is None:
             continue
-        value, filter = (integers(rng, s, problem.dtype) for s in (problem.value_shape, problem.filter_shape))
+        value, filter = (integers(rng, s, problem.dtype) for s in (problem.coarse_shape, problem.filter_shape))
         cut += len(plan.schedule.cuts[-1]) > 1
         assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), problem.dtype)), i
     assert cut > 5 or positions > 7 or order == "winograd"
@@ -164,8 +164,8 @@ def test_no_product_is_formed_twice(order, monkeypatch):
         if plan is None:
             continue
         formed.clear()
-        out = np.full(problem.output_shape, np.nan, np.float32)
-        plan(np.zeros(problem.value_shape, np.float32), np.zeros(problem.filter_shape, np.float32), out)
+        out = np.full(problem.fine_shape, np.nan, np.float32)
+        plan(np.zeros(problem.coarse_shape, np.float32), np.zeros(problem.filter_shape, np.float32), out)
         assert not np.isnan(out).any(), plan.schedule
         met = np.zeros(
             (problem.batch, *(a.coarse for a in plan.schedule.axes), math.prod(problem.filter_shape[:4])), int
@@ -193,7 +193,7 @@ def test_workers_do_not_change_bits(order):
     problem = conv3d_transpose_problem(
         (2, 9, 10, 11, 24), (4, 3, 4, 40, 24), None, (2, 1, 2), "SAME", None, None, np.dtype(np.float32)
     )
-    value, filter = (rng.standard_normal(s, np.float32) for s in (problem.value_shape, problem.filter_shape))
+    value, filter = (rng.standard_normal(s, np.float32) for s in (problem.coarse_shape, problem.filter_shape))
     plans = [plan_of(problem, order, CACHE, workers) for workers in (1, 2)]
     assert plans[0].schedule == plans[1].schedule
     first = plans[0](value, filter)
@@ -266,7 +266,7 @@ def test_a_workspace_that_is_too_small_is_noticed():
     """So that the bound above is on what blocks really take."""
     problem = random_problem(np.random.default_rng(14))
     schedule = plan_of(problem, "by_taps", CACHE).schedule
-    shapes = problem.value_shape, problem.filter_shape, problem.output_shape
+    shapes = problem.coarse_shape, problem.filter_shape, problem.fine_shape
     operands = Operands(*(np.ones(s, np.float32) for s in shapes), np.empty(0, np.float32))
     small = Workspace(schedule.workspace_bytes - 64, problem.compute_dtype)
 
@@ -287,7 +287,7 @@ def test_fallback_on_matmul(name, monkeypatch):
     signatures = {"missing": {}, "unknown": {name: renamed(real, b"void (char *, long double *)")}}
     rng = np.random.default_rng(15)
     problem = random_problem(rng, dtype.name)
-    value, filter = (integers(rng, s, dtype) for s in (problem.value_shape, problem.filter_shape))
+    value, filter = (integers(rng, s, dtype) for s in (problem.coarse_shape, problem.filter_shape))
     exact = oracle.rounded(expected(problem, value, filter), dtype)
     reasons = {"missing": f"publishes no {name}", "unknown": "signature this version does not know"}
     for case, capsules in signatures.items():
@@ -370,7 +370,7 @@ def test_rows_too_far_apart_for_blas_are_packed(monkeypatch):
     widened = 0
     for _ in range(40):
         problem = random_problem(rng)
-        value, filter = (integers(rng, s, problem.dtype) for s in (problem.value_shape, problem.filter_shape))
+        value, filter = (integers(rng, s, problem.dtype) for s in (problem.coarse_shape, problem.filter_shape))
         for order in COL2IM:
             plan = plan_of(problem, order, SMALL_CACHE)
             if plan is None:

@@ -130,7 +130,7 @@ class ByPlanes(AsItLies):
             time_s += calls * adds * pass_s(rows / calls * columns / adds, lines * w.coarse, spilled=spilled)
             total += time_s * d.share * h.share * problem.batch
         stores = self.count * max(1, math.prod(len(of_axis.offsets) for of_axis in self.slots))
-        values = math.prod(problem.output_shape) / stores
+        values = math.prod(problem.fine_shape) / stores
         strided = (problem.cout > 1 and problem.layout == "NDHWC") or w.stride > 1
         return total + stores * copy_s(values, w.coarse, spilled=True, strided=strided)
 

@@ -145,7 +145,7 @@ class ByRows(AsItLies):
         scattered = problem.cout > 1 and self.channels_last != (problem.layout == "NDHWC")
         scattered = scattered or (self.axes[2].stride > 1 and not self.channels_last)
         stores = self.count * max(1, math.prod(len(slots.offsets) for slots in self.slots))
-        values = math.prod(problem.output_shape) / stores
+        values = math.prod(problem.fine_shape) / stores
         return total + stores * copy_s(values, run, spilled=True, strided=scattered)
 
     @property

@@ -158,7 +158,7 @@ class ByTaps(AsItLies):
         run = self.channels if self.joined else row
         total += steps * pass_s(rows * self.lanes * self.channels, run, spilled=spilled)
         stores = max(1, boxes * math.prod(map(len, self.phases)))
-        values = math.prod(problem.output_shape) / stores
+        values = math.prod(problem.fine_shape) / stores
         return total + stores * (copy_s(values, stored, strided=scattered, spilled=True) + copy_s(values, row))
 
     @property

@@ -154,7 +154,7 @@ class Kn2Row:
             grid = math.prod(size + of_axis.reach for size, of_axis in zip(q, self.slots, strict=True))
             total += boxes * len(self.groups) * copy_s(2 * grid * problem.cin, w * problem.cin)
         stores = self.count * max(1, self._columns // self.channels.longest // self.lanes)
-        values = math.prod(problem.output_shape) / stores
+        values = math.prod(problem.fine_shape) / stores
         run = channels * self.lanes
         total += stores * copy_s(values, run, spilled=True, strided=problem.layout == "NCDHW" and axes[2].stride > 1)
         packed = self.packed_values

@@ -201,7 +201,7 @@ class Winograd:
         stores = self.count * max(1, self._columns // inner.channels.longest)
         run = problem.cout / len(inner.channels) * inner.lanes
         strided = problem.layout == "NCDHW" and self.axes[2].stride > 1
-        each = math.prod(problem.output_shape) / stores
+        each = math.prod(problem.fine_shape) / stores
         total += stores * copy_s(each, run, spilled=True, strided=strided)
         return total + copy_s(2 * self.packed_values, cin * problem.cout, steps=8 * len(inner.panels[0]))
 
