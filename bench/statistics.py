@@ -1,8 +1,9 @@
 """Medians, spreads, ratios with intervals, their geometric mean, and signs of noise.
 
 Calls of one visit share what the machine did in those milliseconds, so they count as one observation, their median.
-What is resampled are rounds, both sides of a ratio by the same ones, since neighbours in time share more than
-strangers. Rounds of one launch share where the memory of their processes lies, which resampling rounds cannot show:
+The ratio of two rows is the interquartile mean of the rounds' log ratios: neighbours in time share more than strangers,
+a disturbed round is left out, and the mean of the middle half scatters less than the median. Rounds are resampled for
+its interval. Rounds of one launch share where the memory of their processes lies, which resampling rounds cannot show:
 its part is estimated from all rows of a run together, and added. Nothing here knows of contenders.
 """
 
@@ -49,6 +50,13 @@ class Series:
 Pair = tuple[Series, Series]
 
 
+def middle(values: Array) -> Array:
+    """Return the interquartile mean along the last axis: of what is left without the highest and lowest quarter."""
+    without = values.shape[-1] // 4
+    found: Array = np.sort(values)[..., without : values.shape[-1] - without].mean(axis=-1)
+    return found
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate with a confidence interval; `low` and `high` are None where there are too few rounds for one."""
@@ -90,28 +98,33 @@ def launch_deviation(pairs: Sequence[Pair]) -> float:
     return math.sqrt(max(0.0, float(np.median(beyond)) / below))
 
 
-def log_ratios(pair: Pair, deviation: float = 0.0, paired: bool = True, seed: int = 0) -> Array:
-    """Bootstrap draws of log(median of the first / median of the second).
+def log_ratio(pair: Pair, paired: bool = True) -> float:
+    """Return the estimate: of the rounds' log ratios, or of each side alone if they are not `paired`."""
+    a, b = (np.log(side.medians) for side in pair)
+    return float(middle(a - b) if paired else middle(a) - middle(b))
 
-    `paired` resamples both by the same rounds; `deviation` is `launch_deviation`'s, divided here by the launches.
-    """
-    a, b = pair[0].medians, pair[1].medians
+
+def log_ratios(pair: Pair, deviation: float = 0.0, paired: bool = True, seed: int = 0) -> Array:
+    """Bootstrap draws of `log_ratio`; `deviation` is `launch_deviation`'s, divided here by the launches."""
+    a, b = (np.log(side.medians) for side in pair)
     rng = np.random.default_rng(seed)
     first = rng.integers(len(a), size=(DRAWS, len(a)))
-    second = first if paired else rng.integers(len(b), size=(DRAWS, len(b)))
-    draws: Array = np.log(np.median(a[first], axis=1)) - np.log(np.median(b[second], axis=1))
+    if paired:
+        draws = middle((a - b)[first])
+    else:
+        draws = middle(a[first]) - middle(b[rng.integers(len(b), size=(DRAWS, len(b)))])
     launches = min(len(set(side.launches)) for side in pair)
     return draws + rng.normal(0, deviation / math.sqrt(launches), DRAWS)
 
 
 def ratio(pair: Pair, confidence: float, deviation: float = 0.0, paired: bool = True) -> Interval:
-    """How many times as fast the second is as the first: the ratio of medians, with a bootstrap interval."""
+    """How many times as fast the second is as the first, with a bootstrap interval."""
     return geometric_mean([pair], confidence, deviation, paired)
 
 
 def geometric_mean(pairs: Sequence[Pair], confidence: float, deviation: float = 0.0, paired: bool = True) -> Interval:
     """The geometric mean of the ratios of some rows; its interval is that of the measurement, for these very rows."""
-    estimate = math.exp(sum(math.log(a.median / b.median) for a, b in pairs) / len(pairs))
+    estimate = math.exp(sum(log_ratio(pair, paired) for pair in pairs) / len(pairs))
     if min(min(len(a.visits), len(b.visits)) for a, b in pairs) < FEWEST_ROUNDS:
         return Interval(estimate, None, None)
     draws: Array = np.zeros(DRAWS)

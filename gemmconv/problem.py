@@ -104,6 +104,11 @@ class Problem:
         d, h, w = self.axes
         return d.kernel, h.kernel, w.kernel
 
+    @property
+    def pitch(self) -> int:
+        """Channels of all groups of the coarse array: from position to position with channels last."""
+        return self.cin * self.groups
+
     @cached_property
     def coarse_shape(self) -> tuple[int, ...]:
         return in_layout(self.layout, self.batch, self.coarse, self.cin * self.groups)

@@ -69,15 +69,28 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The arrays of one call: C-contiguous, native, in the problem's dtype and layout; `filter` as TensorFlow's.
+    """The arrays of one group of one call, native, in the problem's dtype and layout: two operands and the result.
 
-    `packed` is what a schedule's `pack` made of the filter, in the dtype of the sums, and is empty without one.
+    They are C-contiguous but for channels of other groups between theirs. Names are those of a transposed convolution;
+    for the filter's gradient `filter` is the coarse operand and `output` the gradient. `packed` is what a schedule's
+    `pack` made of the filter, in the dtype of the sums, and is empty without one. `bias` is in that dtype too.
     """
 
     value: Array
     filter: Array
     output: Array
     packed: Array
+    bias: Array | None = None
+
+    def start(self, channels: Range, behind: int = 0) -> Array | int:
+        """Return what sums of some channels of the result begin with: 0, or the bias with `behind` axes behind it.
+
+        Where taps are seen as channels the bias repeats.
+        """
+        if self.bias is None:
+            return 0
+        found: Array = np.resize(self.bias, channels[1])[channels[0] :]
+        return found.reshape(-1, *[1] * behind)
 
 
 class CannotLowerError(ValueError):
@@ -206,6 +219,7 @@ class Columns:
         self.sizes = (problem.batch, sizes[0], sizes[1], sizes[2])
         self.buffer = workspace.take(rows * taps)
         self._cin, self._depth, self._widens = problem.cin, depth, widens
+        self._pitch = problem.pitch
         self._transposed = problem.layout == "NCDHW"
         self._space = math.prod(sizes)
         self._gemm = workspace.gemm
@@ -224,9 +238,9 @@ class Columns:
         position = (d * self.sizes[2] + h) * self.sizes[3] + w
         item = self._gemm.itemsize
         if self._transposed:
-            offset, ld = b * self._cin * self._space + position, self._space
+            offset, ld = b * self._pitch * self._space + position, self._space
         else:
-            offset, ld = (b * self._space + position) * self._cin, self._cin
+            offset, ld = (b * self._space + position) * self._pitch, self._pitch
         return Rows(hull, math.prod(hull.sizes), self._value_at + offset * item, ld)
 
     def form(self, rows: Rows, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
@@ -237,8 +251,8 @@ class Columns:
         cin, m = self._cin, rows.m
         if not self._widens:
             for piece in pieces:
-                at = self._filter_at + piece.first * cin * self._gemm.itemsize
-                self._multiply(m, cin, rows.address, rows.ld, piece, at, cin, ld, tap_major, False)
+                at = self._filter_at + piece.first * self._pitch * self._gemm.itemsize
+                self._multiply(m, cin, rows.address, rows.ld, piece, at, self._pitch, ld, tap_major, False)
             return
         for start in range(0, cin, self._depth):
             self._widen(rows.hull, start)
@@ -305,7 +319,7 @@ def canonical(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
 def simplified(problem: Problem) -> Problem:
     """Return an equal problem on the same memory: taps of a single position that fill the output are channels of it."""
     single = all(a.coarse == 1 and a.fine == a.kernel and a.lo == 0 and a.dilation == 1 for a in problem.axes)
-    if not single or problem.layout != "NDHWC":
+    if not single or problem.layout != "NDHWC" or problem.groups > 1:
         return problem
     point = Axis(1, 1, 1)
     return replace(problem, cout=math.prod(problem.kernel) * problem.cout, axes=(point, point, point))

@@ -151,7 +151,7 @@ class ByPlanes(AsItLies):
         )
         program, clock = self._program(index), workspace.clock
         sums = workspace.take(*program.shape)
-        sums[...] = 0
+        sums[...] = operands.start((0, problem.cout), 3)
         lines = sums.reshape(*program.shape[:5], program.shape[5] * program.shape[6])
         for gemm in program.products:
             if clock:
@@ -171,7 +171,7 @@ class ByPlanes(AsItLies):
                 clock("col2im")
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
         if self.gaps:
-            output[program.region] = 0
+            output[program.region] = operands.start((0, problem.cout))
         for source, to in program.stores:
             store(output[to], sums[source].transpose(1, 2, 3, 0))
         if clock:

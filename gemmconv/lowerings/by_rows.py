@@ -185,7 +185,7 @@ class ByRows(AsItLies):
             sums = workspace.take(*program.shape[1:], program.shape[0]).transpose(7, 0, 1, 2, 3, 4, 5, 6)
         else:
             sums = workspace.take(*program.shape)
-        sums[...] = 0
+        sums[...] = operands.start((0, problem.cout), 7)
         clock = workspace.clock
         for gemm in program.products:
             m, n = gemm.m, gemm.n
@@ -202,7 +202,7 @@ class ByRows(AsItLies):
                 clock("col2im")
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
         if self.gaps:
-            output[program.region] = 0
+            output[program.region] = operands.start((0, problem.cout))
         for source, to in program.stores:
             store(output[to], sums[source].transpose(1, 2, 3, 4, 0))
         if clock:

@@ -177,10 +177,11 @@ class ByTaps(AsItLies):
         problem, axes = self.problem, self.axes
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
         output = output[slice(*block.batch), ..., slice(*block.channels)]
+        start = operands.start(block.channels)
         if self.gaps:
             before = (0, 0, self.phases[2][0].offset if self.lanes > 1 else 0)
             spans = zip(axes, block[1:4], before, strict=True)
-            output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = 0
+            output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = start
         clock = workspace.clock
         columns = workspace.once(
             operands,
@@ -195,7 +196,7 @@ class ByTaps(AsItLies):
                 targets = self._rows_of(output, block, depth, height)
             else:
                 targets = list(sums)
-                sums[...] = 0
+                sums[...] = start
             for step in steps:
                 if clock:
                     clock("overhead")
@@ -206,7 +207,7 @@ class ByTaps(AsItLies):
                 for source, phase, to in step.moves:
                     cells = targets[phase][to]
                     # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
-                    np.add(column[source], 0 if self.direct else cells, cells)
+                    np.add(column[source], start if self.direct else cells, cells)
                 if clock:
                     clock("store" if self.direct else "col2im")
             if sums is not None:

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from gemmconv.blas import serial_products
 from gemmconv.machine import Machine
+from gemmconv.problem import Problem
 
 # GEMM: the rate of large products, and the sizes of m, n and k at which half of it is reached.
 _GEMM_FLOPS_PER_S = 200e9
@@ -51,6 +52,9 @@ _MOST_WORKSPACE = 4
 
 class Costed(Protocol):
     """What has a cost: a schedule."""
+
+    @property
+    def problem(self) -> Problem: ...
 
     @property
     def count(self) -> int: ...
@@ -106,7 +110,7 @@ def most_workspace_bytes(machine: Machine) -> int:
 
 
 def total_s(schedule: Costed, machine: Machine) -> float:
-    """Return the time on one core of a schedule, with what is lost where workers wait for the last blocks."""
-    blocks = schedule.count
+    """Return the time on one core for all groups, with what is lost where workers wait for the last blocks."""
+    blocks = schedule.count * schedule.problem.groups
     idle = sum(share * -(-blocks // workers) * workers for workers, share in _WORKERS) / blocks
-    return (schedule.time_s(machine) + blocks * _BLOCK_S) * idle
+    return (schedule.time_s(machine) * schedule.problem.groups + blocks * _BLOCK_S) * idle

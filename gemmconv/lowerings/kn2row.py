@@ -204,16 +204,20 @@ class Kn2Row:
         columns = math.prod(lanes) * channels
         clock = workspace.clock
         sums = workspace.take(sizes.rows * columns)
-        sums[...] = 0  # so that a sum of -0.0 becomes +0.0
         channels_first, item = problem.layout == "NCDHW", gemm.itemsize
+        # Sums that begin with 0 end as +0.0 where products are -0.0.
+        if channels_first:
+            sums.reshape(-1, channels, sizes.rows)[...] = operands.start(block.channels, 1)
+        else:
+            sums.reshape(-1, channels)[...] = operands.start(block.channels)
         if program.in_place is None:
-            grid, ld = workspace.take(sizes.grid_rows * cin), sizes.grid_rows
+            grid, ld = workspace.take(sizes.grid_rows * cin), sizes.grid_rows if channels_first else cin
             coarse = [axis.coarse for axis in self.axes]
             value = five(problem.layout, operands.value, problem.batch, coarse, cin)[program.rows]
             fill(as_rows(problem, grid), sizes.grid, program.inside, value)
             source = address(grid)
         else:
-            ld = math.prod(axis.coarse for axis in self.axes)
+            ld = math.prod(axis.coarse for axis in self.axes) if channels_first else problem.pitch
             source = address(operands.value) + program.in_place * item
         if clock:
             clock("pack")
@@ -234,7 +238,7 @@ class Kn2Row:
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
         output = output[block.batch, ..., slice(*block.channels)]
         if self.gaps:
-            output[program.region] = 0
+            output[program.region] = operands.start(block.channels)
         for where, cells, together in program.stores:
             target = output[cells]
             # Splitting an axis in two never copies.
@@ -246,7 +250,9 @@ class Kn2Row:
         self, gemm: Gemm, group: int, channels: int, products: Sequence[tuple[int, int, int, int]],
         grid_at: int, grid_ld: int, sums_at: int, sums_rows: int, taps_at: int,
     ) -> None:  # fmt: skip
-        """Add the products of a block to its sums."""
+        """Add the products of a block to its sums; `grid_ld` lies from row to row, or with channels first from channel
+        to channel.
+        """
         cin, item = self.problem.cin, gemm.itemsize
         first_slot = self.groups[group][0]
         high, wide = len(self.slots[1].offsets), len(self.slots[2].offsets)
@@ -264,9 +270,9 @@ class Kn2Row:
                 continue
             # Every deep-th row with the rows that follow it: BLAS takes no rows that overlap.
             for i in range(deep):
-                source, to = grid_at + (shifted + i) * cin * item, sums_at + ((row + i) * columns + column) * item
+                source, to = grid_at + (shifted + i) * grid_ld * item, sums_at + ((row + i) * columns + column) * item
                 every, k = (m - i + deep - 1) // deep, deep * cin
-                gemm(every, n, k, source, k, False, at, k, True, to, deep * columns, True)
+                gemm(every, n, k, source, deep * grid_ld, False, at, k, True, to, deep * columns, True)
 
     def _offset(self, panel: Panel, channels: int) -> int:
         """Return the first row of a panel in the filter."""
@@ -320,8 +326,8 @@ class Kn2Row:
         position = (d * coarse[1] + h) * coarse[2] + w
         space = math.prod(coarse)
         if self.problem.layout == "NCDHW":
-            return batch * self.problem.cin * space + position
-        return (batch * space + position) * self.problem.cin
+            return batch * self.problem.pitch * space + position
+        return (batch * space + position) * self.problem.pitch
 
     def product(self, panel: Panel, spans: Sequence[Range], sizes: Sizes) -> tuple[int, int, int] | None:
         """Return the first row of a panel's product in the grid and in the sums, and how many rows it has, if any."""
@@ -374,7 +380,7 @@ def schedule(problem: Problem, machine: Machine) -> Kn2Row:
             of_groups.append(tuple(panels(of_axes, group, channels.longest, cin, first)))
             first += sum(panel.taps for panel in of_groups[-1])
         every = [panel for of_group in of_groups for panel in of_group]
-        packs = problem.dtype != problem.compute_dtype or any(
+        packs = problem.dtype != problem.compute_dtype or problem.groups > 1 or any(
             panel.many[0] * panel.many[1] * len(panel.deep) > 1 or (panel.many[2] > 1 and len(channels) > 1)
             for panel in every
         )

@@ -251,6 +251,11 @@ class Winograd:
         grid_rows, _ = self._sizes(q)
         all_sums = workspace.take(line.points, sizes.rows * columns)
         all_sums[...] = 0  # so that a sum of -0.0 becomes +0.0
+        if operands.bias is not None:  # both results of a tile hold the sums of point 1
+            if problem.layout == "NCDHW":
+                all_sums[1].reshape(-1, channels, sizes.rows)[...] = operands.start(block.channels, 1)
+            else:
+                all_sums[1].reshape(-1, channels)[...] = operands.start(block.channels)
         all_grids = workspace.take(line.points, grid_rows * cin)
         sums, grids = list(all_sums), list(all_grids)
         coarse = [axis.coarse for axis in self.axes]
@@ -276,8 +281,8 @@ class Winograd:
             for point, (grid, z) in enumerate(zip(grids, sums, strict=True)):
                 taps_at = address(operands.packed) + (first_row + point * self._taps * problem.cout) * cin * item
                 inner.multiply(
-                    workspace.gemm, 0, channels, program.products, address(grid), grid_rows, address(z), sizes.rows,
-                    taps_at,
+                    workspace.gemm, 0, channels, program.products, address(grid),
+                    grid_rows if problem.layout == "NCDHW" else cin, address(z), sizes.rows, taps_at,
                 )  # fmt: skip
         if clock:
             clock("gemm")
@@ -294,7 +299,7 @@ class Winograd:
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
         output = output[block.batch, ..., slice(*block.channels)]
         if program.region is not None:
-            output[program.region] = 0
+            output[program.region] = operands.start(block.channels)
         for which, where, cells, together in program.stores:
             if problem.layout == "NCDHW":
                 by_row = np.moveaxis(results[which].reshape(*lanes, channels, *shape), (4, 5, 6), (0, 1, 2))

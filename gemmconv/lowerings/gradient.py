@@ -1,0 +1,179 @@
+"""The filter's gradient as GEMMs of the transposed column buffer with the coarse array, added up over runs of rows.
+
+A block is a box of taps with some coarse channels: a piece of the gradient that no other block writes. It walks over
+all rows, a run at a time: their windows are copied to columns in cache (as im2col does, for these taps alone), and a
+GEMM adds the products with the coarse rows to the gradient. The order of the sums does not depend on the workers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    AsItLies, Box, Cut, Operands, Range, Workspace, address, canonical, five, store,
+)  # fmt: skip
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
+from gemmconv.lowerings.im2col import columns_run, row_cuts, strided, tap_boxes
+from gemmconv.lowerings.windows import Taps, Windows, grid_values, workspace_bytes
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# Rows of a GEMM and cuts of the coarse channels that are weighed; channels are not cut below _WIDE.
+_ROWS = (64, 128, 256, 512, 1024, 2048, 4096)
+_PARTS = (1, 2, 4, 8, 16)
+_WIDE = 32
+# Of the L2 cache: columns, and the grid of values they are copied from.
+_COLUMNS_SHARE, _GRID_SHARE = 0.75, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient(AsItLies):
+    """A schedule; see the module."""
+
+    problem: Problem
+    axes: tuple[Axis, Axis, Axis]
+    cuts: tuple[Cut, Cut, Cut, Cut]  # of batch, depth, height and width of the coarse array
+    channels: Cut
+    taps: tuple[Taps, ...]  # of blocks
+    grid: int  # values
+
+    @property
+    def count(self) -> int:
+        return len(self.taps) * len(self.channels)
+
+    def block(self, index: int) -> tuple[Taps, Range]:
+        """Return a block: its taps and channels."""
+        taps, channels = divmod(index, len(self.channels))
+        return self.taps[taps], self.channels[channels]
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a GEMM."""
+        return math.prod(cut.longest for cut in self.cuts)
+
+    @property
+    def deep(self) -> int:
+        """The most taps of a block."""
+        return max(math.prod(stop - start for start, stop in box) for box in self.taps)
+
+    @property
+    def widens(self) -> bool:
+        """Whether rows of the coarse array are widened, and sums not formed in the result."""
+        return self.problem.dtype != self.problem.compute_dtype
+
+    @property
+    def largest_product(self) -> int:
+        return self.rows * self.channels.longest * self.deep * self.problem.cout
+
+    @property
+    def workspace_bytes(self) -> int:
+        problem, n = self.problem, self.channels.longest
+        columns = self.rows * self.deep * problem.cout
+        sums = 0 if self.problem.dtype.kind == "f" and not self.widens else self.deep * problem.cout * n
+        return workspace_bytes((self.grid, columns, sums, self.widens * self.rows * n), problem.compute_dtype.itemsize)
+
+    @property
+    def reason(self) -> str:
+        channels = f", {self.channels.longest} of {self.problem.cin} channels" if len(self.channels) > 1 else ""
+        return f"columns of {self.deep} taps times {self.problem.cout} channels, {self.rows} rows at a time{channels}"
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for runs of rows of mean size; see cost.py."""
+        problem, w = self.problem, self.axes[2]
+        runs = math.prod(map(len, self.cuts))
+        rows = problem.batch * math.prod(problem.coarse) / runs
+        n = problem.cin / len(self.channels)
+        total = 0.0
+        for box in self.taps:
+            many = [stop - start for start, stop in box]
+            k = math.prod(many) * problem.cout
+            each = copy_s(rows * k, columns_run(problem, w, box[2]), strided=strided(problem, w))
+            each += gemm_s(k, n, rows)
+            if self.grid:
+                positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)
+                each += copy_s(positions * problem.cout, w.fine, spilled=True)
+            total += runs * each
+        return total * len(self.channels)
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        np.setbufsize(SMALLEST_BUFFER)
+        problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
+        item, channels_first = gemm.itemsize, problem.layout == "NCDHW"
+        windows = workspace.once(
+            operands,
+            lambda: Windows(
+                problem, self.axes, operands.value, workspace, self.rows * self.deep * problem.cout, self.grid
+            ),
+        )
+        taps, channels = self.block(index)
+        n = channels[1] - channels[0]
+        (d0, d1), (h0, h1), (w0, w1) = taps
+        kernel = [axis.kernel for axis in self.axes]
+        k = math.prod(stop - start for start, stop in taps) * problem.cout
+        output = operands.output.reshape(*kernel, problem.cout, problem.cin)
+        output = output[d0:d1, h0:h1, w0:w1, :, slice(*channels)]
+        coarse = [axis.coarse for axis in self.axes]
+        by_row = five(problem.layout, operands.filter, problem.batch, coarse, problem.cin)[..., slice(*channels)]
+        in_place = problem.dtype.kind == "f" and not self.widens
+        sums = output if in_place else workspace.take(k, n)
+        ld_sums = problem.pitch if in_place else n
+        sums[...] = 0
+        to = address(sums)
+        wide = workspace.take(self.rows * n) if self.widens else None
+        for batch, depth, height, width in product(*self.cuts):
+            rows = Box(batch, depth, height, width)
+            m = math.prod(rows.sizes)
+            if clock:
+                clock("overhead")
+            windows.copy(rows, taps, windows.open(rows, taps))
+            part = by_row[tuple(slice(*r) for r in rows)]
+            ld = math.prod(coarse) if channels_first else problem.pitch
+            if wide is not None:
+                widened = five(problem.layout, wide[: m * n], rows.sizes[0], rows.sizes[1:], n)
+                np.copyto(widened, part, casting="unsafe")
+                part, ld = widened, m if channels_first else n
+            if clock:
+                clock("pack")
+            if channels_first:
+                gemm(k, n, m, windows.address, m, False, address(part), ld, True, to, ld_sums, True)
+            else:
+                gemm(k, n, m, windows.address, k, True, address(part), ld, False, to, ld_sums, True)
+            if clock:
+                clock("gemm")
+        if not in_place:
+            if problem.dtype.kind == "c":
+                sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
+            store(output, sums.reshape(output.shape))
+        if clock:
+            clock("store")
+
+
+def schedule(problem: Problem, machine: Machine) -> Gradient:
+    """Choose the blocks for a problem, by the cost of every cut of taps, channels and rows."""
+    axes = canonical(problem.axes)
+    item = problem.compute_dtype.itemsize
+    columns = int(machine.l2_bytes * _COLUMNS_SHARE) // item
+    most = int(machine.l2_bytes * _GRID_SHARE) // item
+    every = problem.batch * math.prod(problem.coarse)
+    kernel = math.prod(problem.kernel)
+
+    def candidate(rows: int, taps: int, parts: int) -> Gradient:
+        cuts = row_cuts(problem, axes, rows)
+        boxes = tap_boxes(axes, taps)
+        longest = [cut.longest for cut in cuts]
+        grid = 0
+        for box in boxes:
+            values = longest[0] * grid_values(axes, longest[1:], [b - a for a, b in box]) * problem.cout
+            grid = max(grid, values if values <= most else 0)
+        return Gradient(problem, axes, cuts, Cut(problem.cin, -(-problem.cin // parts)), boxes, grid)
+
+    of_taps = sorted({kernel, problem.kernel[1] * problem.kernel[2], problem.kernel[2], 1})
+    parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
+    rows = sorted({min(n, every) for n in _ROWS})
+    found = [candidate(r, t, p) for r in rows for t in of_taps for p in parts]
+    fits = [s for s in found if s.rows * s.deep * problem.cout <= columns]
+    return best(fits or found[:1], machine)
