@@ -18,7 +18,7 @@ from gemmconv.problem import Problem, one_of
 
 def plan(function: str, asked: Problem, algorithm: str = "auto", workers: int | None = None) -> Plan:
     """Return the plan of a problem; `function` is named where an argument is refused."""
-    algorithm = one_of(function, "algorithm", algorithm, ALGORITHMS)
+    algorithm = one_of(function, "algorithm", algorithm, ALGORITHMS[asked.operation])
     return make_plan(asked, this_machine(), algorithm, threads.resolve_workers(workers, function))
 
 

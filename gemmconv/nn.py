@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, problem, threads
-from gemmconv.machine import this_machine
-from gemmconv.plan import ALGORITHMS, Plan, make_plan
+from gemmconv import arrays, calls, problem
+from gemmconv.plan import Plan
 
 
 def conv3d_transpose(
@@ -100,7 +99,7 @@ def conv3d_transpose(
     asked = problem.conv3d_transpose_problem(
         x.shape, w.shape, output_shape, strides, padding, data_format, dilations, dtype, function=function
     )
-    return _plan(function, asked, algorithm, workers).execute(function, x, w, out)
+    return calls.compute(function, asked, x, w, out=out, algorithm=algorithm, workers=workers)
 
 
 def plan_conv3d_transpose(
@@ -168,12 +167,7 @@ def plan_conv3d_transpose(
         arrays.supported_dtype(function, dtype),
         function=function,
     )
-    return _plan(function, asked, algorithm, workers)
-
-
-def _plan(function: str, asked: problem.Problem, algorithm: str, workers: int | None) -> Plan:
-    algorithm = problem.one_of(function, "algorithm", algorithm, ALGORITHMS)
-    return make_plan(asked, this_machine(), algorithm, threads.resolve_workers(workers, function))
+    return calls.plan(function, asked, algorithm, workers)
 
 
 def _one_given(function: str, name: str, given: Any, alias: str, other: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,11 +22,14 @@ from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 from gemmconv.running import Packed, Progress
 
-ALGORITHMS = ("auto", *LOWERINGS)
+# Names that `algorithm` takes, by operation.
+ALGORITHMS = {operation: ("auto", *found) for operation, found in LOWERINGS.items()}
 
 # Another worker is worth waking for this much work, about 0.1 ms.
 _WORKER_FLOPS = 8_000_000
 _WORKER_BYTES = 1_000_000
+# Groups are done together, with zeros between them, up to this many channels.
+_MOST_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ class Plan:
     def reason(self) -> str:
         """Why this lowering, and what it will do, in words."""
         if self.schedule is None:
-            return "no product to form: the result is empty or all zeros"
+            return "no product to form: the result is empty, or holds no sums"
         why = "asked for by name" if self.requested == self.algorithm else "estimated to be the fastest"
-        return f"{self.algorithm}, {why}: {self.schedule.reason}"
+        groups = f", {self._together} groups as one" if self._together > 1 else ""
+        return f"{self.algorithm}, {why}: {self.schedule.reason}{groups}"
 
     @property
     def flops(self) -> int:
@@ -93,7 +97,12 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Boxes the output is cut into, whatever the number of workers."""
-        return 0 if self.schedule is None else self.schedule.count
+        return 0 if self.schedule is None else self.schedule.count * self.schedule.problem.groups
+
+    @property
+    def _together(self) -> int:
+        """Groups that are done as one."""
+        return 1 if self.schedule is None else self.problem.groups // self.schedule.problem.groups
 
     @property
     def feeds(self) -> int:
@@ -116,8 +125,12 @@ class Plan:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the filter as a call packs it; 0 where it is used as it lies."""
-        values = 0 if self.schedule is None else self.schedule.packed_values
-        return values * self.problem.compute_dtype.itemsize
+        if self.schedule is None:
+            return 0
+        made = self.schedule.packed_values * self.schedule.problem.groups
+        if self.schedule.problem.operation != self.problem.operation or self._together > 1:
+            made += math.prod(self.schedule.problem.filter_shape)
+        return made * self.problem.compute_dtype.itemsize
 
     def __str__(self) -> str:
         p = self.problem
@@ -235,7 +248,8 @@ class Plan:
             result = np.empty(problem.result_shape, problem.dtype)
         seconds = None
         if self.schedule is None:
-            result[...] = 0
+            at = problem.layout.index("C")
+            result[...] = 0 if bias is None else bias.reshape(-1, *[1] * (4 - at)) + problem.dtype.type(0)
         else:
             seconds = running.run(
                 self.schedule,
@@ -245,6 +259,7 @@ class Plan:
                 operands[0],
                 operands[1],
                 result,
+                bias=bias,
                 packed=packed,
                 progress=progress,
             )
@@ -318,17 +333,29 @@ def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) 
         return Plan(problem, machine, "col2im" if algorithm == "auto" else algorithm, algorithm, workers, None)
     found: dict[str, Schedule] = {}
     costs: dict[str, float | None] = {}
-    for name in LOWERINGS if algorithm == "auto" else (algorithm,):
+    for name in LOWERINGS[problem.operation] if algorithm == "auto" else (algorithm,):
         try:
-            found[name] = LOWERINGS[name](problem, machine)
+            made = [LOWERINGS[problem.operation][name](asked, machine) for asked in _as_groups(problem)]
         except CannotLowerError:
             if algorithm != "auto":
                 raise
             costs[name] = None
         else:
+            found[name] = min(made, key=lambda schedule: total_s(schedule, machine))
             costs[name] = total_s(found[name], machine)
     chosen = min(found, key=lambda name: costs[name] or 0.0)
     return Plan(problem, machine, chosen, algorithm, workers, found[chosen], tuple(costs.items()))
+
+
+def _as_groups(problem: Problem) -> list[Problem]:
+    """Return a problem with its groups one by one, and with ever more of them as one."""
+    found = [problem]
+    if problem.operation != "conv3d_backprop_filter":
+        for n in range(2, problem.groups + 1):
+            channels = n * max(problem.cin, problem.cout)
+            if problem.groups % n == 0 and channels <= _MOST_TOGETHER:
+                found.append(replace(problem, groups=problem.groups // n, cin=n * problem.cin, cout=n * problem.cout))
+    return found
 
 
 def clear_cache() -> None:

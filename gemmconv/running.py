@@ -1,7 +1,9 @@
 """The running of a schedule: its filter packed, workspaces for its workers, its blocks on threads, its time by phase.
 
-Workspaces are kept for later calls. This module chooses nothing but what follows from data: a schedule that would
-spread Inf or NaN gives way to col2im.
+A schedule does one group; here it is run for all of them. It may be of another problem than was asked, of equal result:
+a transposed convolution of a mirrored filter for a convolution of stride 1, or several groups as one, with zeros in the
+filter between them. Workspaces are kept for later calls. This module chooses nothing but what follows from data: a
+schedule that would spread Inf or NaN gives way to one that is right for all data.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import numpy as np
 from gemmconv import profile, threads
 from gemmconv.arrays import Array
 from gemmconv.blas import serial_products
-from gemmconv.lowerings import LOWERINGS, NotFiniteError, Operands, Schedule, Workspace
+from gemmconv.lowerings import COMPLETE, LOWERINGS, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.machine import Machine, usable_cores
-from gemmconv.problem import Problem
+from gemmconv.problem import Problem, Role
 
 Progress = Callable[[int, int], None]
 
@@ -29,22 +31,65 @@ _idle: dict[np.dtype[Any], deque[Workspace]] = {}
 
 
 class Packed(NamedTuple):
-    """What a schedule makes of a filter, empty if it is used as it lies, and whether the schedule can use it."""
+    """What a schedule makes of a second operand: as its problem has it, packed for each group, and if it can use it."""
 
+    second: Array
     values: Array
     usable: bool
 
 
-def pack(schedule: Schedule, problem: Problem, filter: Array) -> Packed:
-    """Bring a filter into the order that a schedule wants."""
-    values = np.empty(schedule.packed_values, problem.compute_dtype)
+def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
+    """Bring a filter into the order that a schedule wants; the coarse operand of a gradient stays as it is."""
+    of = schedule.problem
+    values = np.empty((of.groups, schedule.packed_values), problem.compute_dtype)
+    if problem.roles[1] != "filter":
+        return Packed(second, values, True)
+    if of.operation != problem.operation:
+        second = mirrored(second, problem.groups)
+    if of.groups != problem.groups:
+        second = merged(second, problem.groups, problem.groups // of.groups)
     with np.errstate(all="ignore"):
-        if values.size:
-            schedule.pack(filter, values)
+        if schedule.packed_values:
+            for group, to in enumerate(values):
+                schedule.pack(of_group(of, "filter", second, group), to)
         # Zeros around the value times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
-        looked_at = values if values.size else filter
-        usable = not schedule.wants_finite_filter or bool(np.isfinite(np.add.reduce(looked_at, axis=None)))
-    return Packed(values, usable)
+        looked_at = values if values.size else second
+        adds_zeros = schedule.wants_finite_filter or of.groups != problem.groups
+        usable = not adds_zeros or is_finite(looked_at)
+    return Packed(second, values, usable)
+
+
+def mirrored(filter: Array, groups: int) -> Array:
+    """Return the filter with which a transposed convolution of stride 1 is a convolution: taps turned, channels swapped."""
+    *kernel, fine, coarse = filter.shape
+    taps = filter[::-1, ::-1, ::-1].reshape(*kernel, fine, groups, coarse // groups)
+    return np.ascontiguousarray(taps.transpose(0, 1, 2, 5, 4, 3)).reshape(*kernel, coarse // groups, groups * fine)
+
+
+def merged(filter: Array, groups: int, together: int) -> Array:
+    """Return the filter with which `together` groups are done as one: theirs on the diagonal, zeros elsewhere."""
+    *kernel, fine, coarse = filter.shape
+    parts = filter.reshape(*kernel, fine, groups // together, together, coarse // groups)
+    found = np.zeros((*kernel, together, fine, *parts.shape[4:]), filter.dtype)
+    for i in range(together):
+        found[..., i, :, :, i, :] = parts[..., i, :]
+    return found.reshape(*kernel, together * fine, coarse)
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no value is Inf or NaN; False too where only their sum overflows."""
+    dtype = np.float32 if array.dtype.itemsize == 2 else array.dtype
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
+
+
+def of_group(problem: Problem, role: Role, array: Array, group: int) -> Array:
+    """Return the channels of one group of an array."""
+    if problem.groups == 1:
+        return array
+    channels = problem.cout if role == "fine" else problem.cin
+    mine = slice(group * channels, (group + 1) * channels)
+    return array[:, mine] if problem.layout == "NCDHW" and role != "filter" else array[..., mine]
 
 
 def run(
@@ -52,10 +97,11 @@ def run(
     problem: Problem,
     machine: Machine,
     workers: int,
-    value: Array,
-    filter: Array,
+    first: Array,
+    second: Array,
     result: Array,
     *,
+    bias: Array | None = None,
     packed: Packed | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float] | None:
@@ -63,12 +109,14 @@ def run(
     looking = profile.current()
     pack_s = time.perf_counter()
     if packed is None:
-        packed = pack(schedule, problem, filter)
-    pack_s = time.perf_counter() - pack_s
-    if not packed.usable:
+        packed = pack(schedule, problem, second)
+    if not packed.usable or (schedule.problem.groups != problem.groups and not is_finite(first)):
         schedule = _complete(problem, machine)
-    operands = Operands(value, filter, result, packed.values)
-    workspaces = _acquire(workers, schedule.workspace_bytes, problem.compute_dtype)
+        packed = pack(schedule, problem, second)
+    pack_s = time.perf_counter() - pack_s
+    parts = _by_group(schedule.problem, first, packed, result, bias)
+    count = len(parts) * schedule.count
+    workspaces = _acquire(min(workers, count), schedule.workspace_bytes, problem.compute_dtype)
     clocks = [profile.Clock() if looking else None for _ in workspaces]
     for workspace, clock in zip(workspaces, clocks, strict=True):
         workspace.clock = clock
@@ -78,9 +126,10 @@ def run(
         clock = clocks[slot]
         if clock:
             clock.start()
-        schedule.run(index, operands, workspaces[slot])
+        group, block = divmod(index, schedule.count)
+        schedule.run(block, parts[group], workspaces[slot])
         if progress is not None:
-            progress(next(done), schedule.count)
+            progress(next(done), count)
         if clock:
             clock("overhead")
 
@@ -88,16 +137,30 @@ def run(
     limit = schedule.largest_product > serial_products()
     finite = True
     try:
-        threads.run(task, schedule.count, len(workspaces), limit_blas=limit)
+        threads.run(task, count, len(workspaces), limit_blas=limit)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
         finite = False
     run_s = time.perf_counter() - run_s
     _release(workspaces)
     if not finite:
-        packed = Packed(np.empty(0, problem.compute_dtype), False)
-        return run(_complete(problem, machine), problem, machine, workers, value, filter, result, packed=packed,
-                   progress=progress)  # fmt: skip
+        complete = _complete(problem, machine)
+        return run(complete, problem, machine, workers, first, second, result, bias=bias, progress=progress)
     return _account([clock for clock in clocks if clock], pack_s, run_s) if looking else None
+
+
+def _by_group(problem: Problem, first: Array, packed: Packed, result: Array, bias: Array | None) -> list[Operands]:
+    """Return the operands of each group; a bias of -0.0 counts as +0.0, as every zero result does."""
+    roles = problem.roles
+    biases = None
+    if bias is not None:
+        biases = (bias.astype(problem.compute_dtype) + problem.compute_dtype.type(0)).reshape(problem.groups, -1)
+    found = []
+    for group in range(problem.groups):
+        arrays = zip(roles, (first, packed.second, result), strict=True)
+        value, filter, output = (of_group(problem, role, array, group) for role, array in arrays)
+        own = None if biases is None else biases[group]
+        found.append(Operands(value, filter, output, packed.values[group], own))
+    return found
 
 
 def _account(clocks: Sequence[profile.Clock], pack_s: float, run_s: float) -> dict[str, float]:
@@ -114,7 +177,7 @@ def _account(clocks: Sequence[profile.Clock], pack_s: float, run_s: float) -> di
 @lru_cache(maxsize=64)
 def _complete(problem: Problem, machine: Machine) -> Schedule:
     """Return the schedule of the lowering that is right for all data."""
-    return LOWERINGS["col2im"](problem, machine)
+    return LOWERINGS[problem.operation][COMPLETE[problem.operation]](problem, machine)
 
 
 def clear_idle() -> None:

@@ -69,7 +69,7 @@ def told(*what):
 def plans_of(value, filter, workers=1, l2_bytes=None, **extra):
     """Return the plans of all lowerings that can do a problem, by name; with 'auto'."""
     found = {}
-    for name in ("auto", *LOWERINGS):
+    for name in ("auto", *LOWERINGS["conv3d_transpose"]):
         ask = {"dtype": np.result_type(value, filter), "algorithm": name, "workers": workers, **extra}
         try:
             plan = plan_conv3d_transpose(value.shape, filter.shape, **ask)
@@ -153,7 +153,7 @@ def random_problem(rng, dtype):
 def test_random_problems(dtype):
     """Kernels of 1 to 5, strides of 1 to 3, large and small caches, one and two workers: the oracle's bits."""
     rng = np.random.default_rng([500, DTYPES.index(dtype)])
-    count, many = dict.fromkeys(LOWERINGS, 0), dict.fromkeys(LOWERINGS, 0)
+    count, many = dict.fromkeys(LOWERINGS["conv3d_transpose"], 0), dict.fromkeys(LOWERINGS["conv3d_transpose"], 0)
     for i in range(110):
         value, filter, extra = random_problem(rng, dtype_named(dtype))
         want = oracle.rounded(oracle.conv3d_transpose(value, filter, **extra), dtype_named(dtype))
@@ -178,13 +178,13 @@ def test_no_tap_lands(layout):
     geometry = (4, 4, 1), (3, 3, 2), (1, 1, 1), (1, 1, 3), "SAME"
     value, filter, extra = operands(geometry, "float32", layout, 514)
     value[...] = np.nan
-    for name in ("auto", *LOWERINGS):
+    for name in ("auto", *LOWERINGS["conv3d_transpose"]):
         with contextlib.suppress(CannotLowerError):
             assert not conv3d_transpose(value, filter, algorithm=name, **extra).any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", LOWERINGS)
+@pytest.mark.parametrize("name", LOWERINGS["conv3d_transpose"])
 def test_large_problems(name, layout):
     """Many blocks of usual size: function, plan and prepared layer, on one and two workers."""
     for i, (n, k, s, cin, cout) in enumerate(
@@ -376,7 +376,7 @@ def test_the_same_bits_however_asked_for(dtype, layout):
                 assert two.packed_bytes in (0, layers[2].packed.values.nbytes)
 
 
-@pytest.mark.parametrize("name", LOWERINGS)
+@pytest.mark.parametrize("name", LOWERINGS["conv3d_transpose"])
 def test_prepared_layers_refuse(name):
     """Shapes and dtypes that are not the plan's, before `out` is touched."""
     plan = plan_conv3d_transpose((2, 5, 6, 3, 4), (3, 3, 3, 5, 4), algorithm=name)
@@ -464,7 +464,7 @@ def test_kn2row_says_what_it_cannot():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("name", LOWERINGS)
+@pytest.mark.parametrize("name", LOWERINGS["conv3d_transpose"])
 def test_profile_adds_up(name, workers):
     """Phases of calls, plans, layers and of calls that start again, and nothing of other threads or other times."""
     value, filter = normal(511, (1, 16, 16, 16, 32), (3, 3, 3, 32, 32))
@@ -529,7 +529,7 @@ def test_reports_list_the_candidates():
             if not plan.blocks:
                 continue
             costs = dict(plan.estimates)
-            assert list(costs) == (list(LOWERINGS) if name == "auto" else [name])
+            assert list(costs) == (list(LOWERINGS["conv3d_transpose"]) if name == "auto" else [name])
             assert [part.split()[0] for part in line.split(", ")] == list(costs)
             for part, cost in zip(line.split(", "), costs.values(), strict=True):
                 said = part.split()[1]
@@ -539,4 +539,4 @@ def test_reports_list_the_candidates():
             assert plan.algorithm == min(able, key=able.get)
             assert f"{plan.packed_bytes / 2**20:.2f} MiB a packed filter" in str(plan)
             chosen.add(plan.algorithm)
-    assert chosen == set(LOWERINGS)
+    assert chosen == set(LOWERINGS["conv3d_transpose"])

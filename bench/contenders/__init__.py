@@ -50,8 +50,9 @@ def parse(text: str) -> Spec:
     if where == "gemmconv":
         from gemmconv.lowerings import LOWERINGS
 
-        if what not in LOWERINGS:
-            raise ValueError(f"{text}: gemmconv has no algorithm {what!r}, it has auto, {', '.join(LOWERINGS)}")
+        known = LOWERINGS["conv3d_transpose"]
+        if what not in known:
+            raise ValueError(f"{text}: gemmconv has no algorithm {what!r}, it has auto, {', '.join(known)}")
         return Spec(text, "gemmconv", "", what, text)
     if text == "numpy" or text in PEERS:
         return Spec(text, text, "", "", text)

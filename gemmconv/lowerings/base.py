@@ -102,7 +102,11 @@ class NotFiniteError(ArithmeticError):
 
 
 class Schedule(Protocol):
-    """How one lowering does one problem."""
+    """How one lowering does one group of a problem."""
+
+    @property
+    def problem(self) -> Problem:
+        """What it does; for a single group with taps perhaps seen as channels."""
 
     @property
     def count(self) -> int:
