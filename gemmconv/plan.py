@@ -135,11 +135,12 @@ class Plan:
     def __str__(self) -> str:
         p = self.problem
         kernel, strides, dilations, before = zip(*((a.kernel, a.stride, a.dilation, a.lo) for a in p.axes), strict=True)
+        (first, second), groups = p.names, f" in {p.groups} groups" if p.groups > 1 else ""
         intensity = self.flops / max(1, self.bytes_moved)
         rows = {
-            "operation": f"{p.operation} of {p.dtype} in {p.layout}",
-            "value": f"{p.operand_shapes[0]}",
-            "filter": f"{p.operand_shapes[1]}",
+            "operation": f"{p.operation} of {p.dtype} in {p.layout}{groups}",
+            first: f"{p.operand_shapes[0]}",
+            second: f"{p.operand_shapes[1]}",
             "output": f"{p.result_shape}",
             "kernel": f"{_by(kernel)}, strides {_by(strides)}, dilations {_by(dilations)}, padded before {_by(before)}",
             "algorithm": self.algorithm,
@@ -177,10 +178,7 @@ class Plan:
         """
         name = f"plan of {self.problem.operation}"
         x, w, dtype = arrays.operands(name, value, filter)
-        for argument, array, shape in (
-            ("value", x, self.problem.operand_shapes[0]),
-            ("filter", w, self.problem.operand_shapes[1]),
-        ):
+        for argument, array, shape in zip(self.problem.names, (x, w), self.problem.operand_shapes, strict=True):
             self._check(name, argument, array, shape)
         if dtype != self.dtype:
             raise TypeError(

@@ -126,6 +126,13 @@ class Problem:
         """What the first operand, the second and the result are."""
         return OPERATIONS[self.operation]
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the operands are called."""
+        first, second, _ = self.roles
+        named = {"fine": "input", "coarse": "value" if first == "coarse" else "out_backprop", "filter": "filter"}
+        return named[first], named[second]
+
     def shape_of(self, role: str) -> tuple[int, ...]:
         """Return the shape of the coarse array, the fine one or the filter."""
         shape: tuple[int, ...] = getattr(self, f"{role}_shape")

@@ -60,7 +60,7 @@ def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
 
 
 def mirrored(filter: Array, groups: int) -> Array:
-    """Return the filter with which a transposed convolution of stride 1 is a convolution: taps turned, channels swapped."""
+    """Return the filter of the transposed convolution that equals a convolution: taps turned, channels swapped."""
     *kernel, fine, coarse = filter.shape
     taps = filter[::-1, ::-1, ::-1].reshape(*kernel, fine, groups, coarse // groups)
     return np.ascontiguousarray(taps.transpose(0, 1, 2, 5, 4, 3)).reshape(*kernel, coarse // groups, groups * fine)

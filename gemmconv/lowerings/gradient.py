@@ -14,8 +14,17 @@ from itertools import product
 import numpy as np
 
 from gemmconv.lowerings.base import (
-    AsItLies, Box, Cut, Operands, Range, Workspace, address, canonical, five, store,
-)  # fmt: skip
+    AsItLies,
+    Box,
+    Cut,
+    Operands,
+    Range,
+    Workspace,
+    address,
+    canonical,
+    five,
+    store,
+)
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
 from gemmconv.lowerings.im2col import columns_run, row_cuts, strided, tap_boxes
 from gemmconv.lowerings.windows import Taps, Windows, grid_values, workspace_bytes
@@ -26,6 +35,8 @@ from gemmconv.problem import Axis, Problem
 _ROWS = (64, 128, 256, 512, 1024, 2048, 4096)
 _PARTS = (1, 2, 4, 8, 16)
 _WIDE = 32
+# Boxes of taps, unless larger ones do not fit the cache.
+_MOST_BOXES = 1024
 # Of the L2 cache: columns, and the grid of values they are copied from.
 _COLUMNS_SHARE, _GRID_SHARE = 0.75, 1.0
 
@@ -102,7 +113,7 @@ class Gradient(AsItLies):
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
         problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
-        item, channels_first = gemm.itemsize, problem.layout == "NCDHW"
+        channels_first = problem.layout == "NCDHW"
         windows = workspace.once(
             operands,
             lambda: Windows(
@@ -171,9 +182,11 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
             grid = max(grid, values if values <= most else 0)
         return Gradient(problem, axes, cuts, Cut(problem.cin, -(-problem.cin // parts)), boxes, grid)
 
-    of_taps = sorted({kernel, problem.kernel[1] * problem.kernel[2], problem.kernel[2], 1})
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
-    rows = sorted({min(n, every) for n in _ROWS})
-    found = [candidate(r, t, p) for r in rows for t in of_taps for p in parts]
-    fits = [s for s in found if s.rows * s.deep * problem.cout <= columns]
-    return best(fits or found[:1], machine)
+    found = []
+    for rows in sorted({min(n, every) for n in _ROWS}):
+        most_taps = max(1, columns // (rows * problem.cout))
+        wanted = {kernel, axes[1].kernel * axes[2].kernel, axes[2].kernel, 1}
+        of_taps = {n for n in wanted if n <= most_taps and kernel <= n * _MOST_BOXES} or {min(kernel, most_taps)}
+        found += [candidate(rows, n, p) for n in sorted(of_taps) for p in parts]
+    return best(found, machine)

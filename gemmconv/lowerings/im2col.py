@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -46,12 +46,13 @@ class Im2Col:
     channels: Cut
     taps: tuple[Taps, ...]  # of the GEMMs of a block
     grid: int  # values
-    packs: bool = field(init=False)
 
     wants_finite_filter = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "packs", self.problem.dtype != self.problem.compute_dtype)
+    @property
+    def packs(self) -> bool:
+        """Whether the filter is widened."""
+        return self.problem.dtype != self.problem.compute_dtype
 
     @property
     def count(self) -> int:
@@ -104,7 +105,8 @@ class Im2Col:
     def reason(self) -> str:
         channels = f", {self.channels.longest} of {self.problem.cin} channels" if len(self.channels) > 1 else ""
         widened = ", filter widened" if self.packs else ""
-        return f"columns of {self.deep} taps times {self.problem.cout} channels for up to {self.rows} rows{channels}{widened}"
+        columns = f"columns of {self.deep} taps times {self.problem.cout} channels"
+        return f"{columns} for up to {self.rows} rows{channels}{widened}"
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
@@ -137,7 +139,8 @@ class Im2Col:
         if self.direct:
             sums, ld = output, math.prod(problem.coarse) if channels_first else problem.pitch
         else:
-            sums, ld = five(problem.layout, workspace.take(m * n), rows.sizes[0], rows.sizes[1:], n), m if channels_first else n
+            sums = five(problem.layout, workspace.take(m * n), rows.sizes[0], rows.sizes[1:], n)
+            ld = m if channels_first else n
         sums[...] = operands.start(channels)
         to = address(sums)
         taps = operands.packed if self.packs else operands.filter

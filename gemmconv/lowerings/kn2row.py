@@ -380,9 +380,13 @@ def schedule(problem: Problem, machine: Machine) -> Kn2Row:
             of_groups.append(tuple(panels(of_axes, group, channels.longest, cin, first)))
             first += sum(panel.taps for panel in of_groups[-1])
         every = [panel for of_group in of_groups for panel in of_group]
-        packs = problem.dtype != problem.compute_dtype or problem.groups > 1 or any(
-            panel.many[0] * panel.many[1] * len(panel.deep) > 1 or (panel.many[2] > 1 and len(channels) > 1)
-            for panel in every
+        packs = (
+            problem.dtype != problem.compute_dtype
+            or problem.groups > 1
+            or any(
+                panel.many[0] * panel.many[1] * len(panel.deep) > 1 or (panel.many[2] > 1 and len(channels) > 1)
+                for panel in every
+            )
         )
         return Kn2Row(problem, axes, of_axes, gaps, (d, h, w), groups, tuple(of_groups), channels, packs)
 

@@ -42,7 +42,7 @@ class Windows:
         """
         spans = [span(axis, r, t) for axis, r, t in zip(self._axes, rows[1:], taps, strict=True)]
         fine = self._fine[slice(*rows.batch)]
-        if all(0 <= start and stop <= axis.fine for axis, (start, stop) in zip(self._axes, spans, strict=True)):
+        if all(start >= 0 and stop <= axis.fine for axis, (start, stop) in zip(self._axes, spans, strict=True)):
             return fine, (0, 0, 0)
         sizes = [stop - start for start, stop in spans]
         many = fine.shape[0] * math.prod(sizes) * fine.shape[4]
