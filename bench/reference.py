@@ -97,9 +97,11 @@ def check(result: Any, expected: Array, largest: float, layer: Layer, dtype: str
     worst, bad = 0.0, 0
     bound = BOUNDS[dtype] * largest
     for index in np.ndindex(result.shape[:2]):
-        difference = np.abs(np.asarray(result[index], expected.dtype) - expected[index])
-        worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
-        bad += int(np.count_nonzero(~(difference <= bound)))
+        difference = np.subtract(result[index], expected[index], dtype=expected.dtype)
+        most = float(np.abs(difference).max(initial=0.0))
+        worst = max(worst, math.inf if math.isnan(most) else most)
+        if not most <= bound:  # NaN too
+            bad += int(np.count_nonzero(~(np.abs(difference) <= bound)))
     error = worst / largest if largest else worst
     if bad:
         share = bad / math.prod(result.shape)

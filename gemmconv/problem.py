@@ -58,7 +58,8 @@ class Axis:
     @property
     def covers(self) -> bool:
         """Whether every fine position is reached, given that `tiles` holds."""
-        return self.extent == self.stride and self.coarse > 0 and self.fine + self.lo <= self.coarse * self.stride
+        inside = self.lo >= 0 and self.fine + self.lo <= self.coarse * self.stride
+        return self.extent == self.stride and self.coarse > 0 and inside
 
     def taps_of(self, coarse: int, start: int, stop: int) -> tuple[int, int]:
         """Return the range of taps that carry a coarse position into the fine interval [start, stop)."""

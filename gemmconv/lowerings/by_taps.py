@@ -335,6 +335,8 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
         boxes = math.prod(map(len, cuts))
         groups = [tuple(pairs)] if boxes >= ENOUGH_BLOCKS or unreached or not pairs else [(pair,) for pair in pairs]
         chunk = [cut.longest for cut in cuts]
+        if len(cuts[3]) == 1:  # hulls hold whole lines then, even where fewer positions land
+            chunk[3] = w.coarse
         most = largest_hull(chunk, (problem.batch, d.coarse, h.coarse, w.coarse))
         depth = problem.cin
         if widens:
