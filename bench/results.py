@@ -28,7 +28,7 @@ CONVENTIONS = {
     "roof": "sgemm at k = Cin, n = min(kd*kh*kw*Cout, 2048), m = min(N*D*H*W, 1024), warm, one call a worker at once, "
     "BLAS at one thread",
     "bytes": "value, filter and result, each once",
-    "ratio": "the contender's median over the subject's: above 1 the subject is faster",
+    "ratio": "the interquartile mean of the rounds' ratios of contender to subject: above 1 the subject is faster",
     "interval": "bootstrap over rounds, both sides by the same ones, with the deviation from launch to launch added",
     "median_seconds": "the median of the visits' medians; a visit is warmed up, then timed for a few calls",
     "spread_fraction": "the interquartile range of the visits' medians over their median",

@@ -200,7 +200,7 @@ class Worker:
 
 
 def _fastest(calls: Sequence[tuple[int, Any]], most: int) -> tuple[int, Any, float, float]:
-    """The fastest of a few ways and its number, the seconds of its first call, and those of at most so many warm ones."""
+    """The fastest of a few ways and its number, the seconds of its first call and the median of `most` warm ones."""
     found = []
     for number, call in calls:
         first = _timed(call.run)

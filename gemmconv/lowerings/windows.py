@@ -92,8 +92,8 @@ class Windows:
                 to.append(slice(first - start, last - start))
                 at = first * axis.stride + shift
                 source.append(slice(at, at + (last - first) * axis.stride, axis.stride) if first < last else slice(0))
-            where = tuple(a - start for a, (start, _) in zip(tap, taps, strict=True))
-            np.copyto(columns[:, *to, *where], fine[:, *source], casting="unsafe")
+            d, h, w = (a - start for a, (start, _) in zip(tap, taps, strict=True))
+            np.copyto(columns[..., d, h, w, :][:, *to], fine[:, *source], casting="unsafe")
 
 
 def span(axis: Axis, rows: Range, taps: Range) -> Range:
