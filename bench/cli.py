@@ -1,4 +1,4 @@
-"""The command line: `python -m bench env|run|compare|plot|vectors|latency|import`. It parses, calls and prints."""
+"""The command line: `python -m bench env|run|compare|plot|vectors|calibrate|latency|import`. It parses and prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     main = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure transposed 3-D convolutions: gemmconv, other libraries, and your own functions.",
+        description="Measure convolutions and their gradients: gemmconv, other libraries, and your own functions.",
         epilog="Exit status: 0 fine, 1 a regression, 2 a wrong result or bad arguments. See docs/benchmarks.md.",
     )
     commands = main.add_subparsers(dest="command", required=True)
@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_suite(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--suite", choices=layers.SUITES, default="models")
+    command.add_argument("--suite", choices=list(layers.SUITES), default="models")
+    command.add_argument("--op", choices=list(layers.OPS), default=layers.TRANSPOSE, help="which operation of its layers")
     command.add_argument("--only", type=_names, metavar="A,B", help="layers whose name contains one of these")
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--layout", choices=layers.LAYOUTS, default="NDHWC", help="in which the problem is posed")
@@ -118,7 +119,7 @@ def _fraction(text: str) -> float:
 
 def chosen_layers(args: argparse.Namespace) -> list[Layer]:
     """The layers of a suite that were asked for."""
-    found = layers.suite(args.suite)
+    found = layers.suite(args.suite, args.op)
     if getattr(args, "quick", False) and args.only is None:
         found = found[::QUICK_STRIDE]
     kept = [layer for layer in found if args.only is None or any(word in layer.name for word in args.only)]
@@ -154,6 +155,7 @@ def options_of(args: argparse.Namespace) -> Options:
         subject=subject,
         against=against,
         workers=_workers(args.workers),
+        op=args.op,
         dtype=args.dtype,
         layout=args.layout,
         end_to_end=args.end_to_end,

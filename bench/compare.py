@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench import statistics
 from bench.environment import machine_of
-from bench.results import Document, Row, failures, series_of
+from bench.results import Document, Row, failures, op_of, series_of
 from bench.statistics import Interval
 
 # What must be asked in the same way for times to mean the same.
@@ -51,11 +51,8 @@ def differences(before: Document, after: Document) -> list[str]:
         found.append(f"only results of speed are compared, these are {before['kind']} and {after['kind']}")
     ours, theirs = machine_of(before["environment"]), machine_of(after["environment"])
     found += [f"{key} was {ours[key]!r} and is {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
-    for key in SETTINGS:
-        values = [found_["settings"].get(key) for found_ in (before, after)]
-        if values[0] != values[1]:
-            found.append(f"{key} was {values[0]!r} and is {values[1]!r}")
-    return found
+    asked = [{key: d["settings"].get(key) for key in SETTINGS} | {"op": op_of(d)} for d in (before, after)]
+    return found + [f"{key} was {old!r} and is {asked[1][key]!r}" for key, old in asked[0].items() if asked[1][key] != old]
 
 
 def compare(before: Document, after: Document, fail_over: float, only: str | None = None) -> Comparison:

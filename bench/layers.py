@@ -8,61 +8,95 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-Three = tuple[int, int, int]
-SUITES = ("models", "sweep", "tiny", "extremes")
+Sizes = tuple[int, ...]
 LAYOUTS = ("NDHWC", "NCDHW")
+TRANSPOSE, CONV, FILTER_GRADIENT = "conv3d_transpose", "conv3d", "conv3d_backprop_filter"
+# Of each operation the first operand, the second and the result: arrays on the coarse grid, on the fine one, filters.
+OPS = {
+    TRANSPOSE: ("coarse", "filter", "fine"),
+    CONV: ("fine", "filter", "coarse"),
+    FILTER_GRADIENT: ("fine", "coarse", "filter"),
+}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transposed convolution; triples are depth, height, width.
+    """One operation; sizes are depth, height, width, or height, width.
 
-    `output` is always explicit. `sweep` says where the layer stands in the sweep suite, as pairs of an axis and a size.
+    Names are those of the transposed convolution, from the coarse grid `input` to the fine grid `output`, whatever
+    `op` is. Its forward twin, conv3d, takes an array of the output's shape with `cout` channels, has the same filter,
+    strides, padding and dilations, and gives one of the input's shape with `cin` channels: TensorFlow's sizes, since
+    an output that can be asked for is one whose convolution has the input's size. The filter's gradient takes both.
+    `sweep` says where the layer stands in the sweep suite, as pairs of an axis and a size.
     """
 
     name: str
     batch: int
     cin: int
     cout: int
-    input: Three
-    kernel: Three
-    strides: Three
-    dilations: Three
-    output: Three
+    input: Sizes
+    kernel: Sizes
+    strides: Sizes
+    dilations: Sizes
+    output: Sizes
     padding: str = "SAME"
     source: str = ""
     sweep: tuple[tuple[str, int], ...] = ()
+    groups: int = 1
+    op: str = TRANSPOSE
 
     @property
-    def spans(self) -> Three:
+    def rank(self) -> int:
+        """Spatial axes: 3, or 2 in a suite of planes."""
+        return len(self.input)
+
+    @property
+    def roles(self) -> tuple[str, str, str]:
+        """What the first operand, the second and the result are."""
+        return OPS[self.op]
+
+    @property
+    def spans(self) -> Sizes:
         """Output cells from the first tap to the last, K, on each axis."""
-        d, h, w = ((k - 1) * step + 1 for k, step in zip(self.kernel, self.dilations, strict=True))
-        return d, h, w
+        return tuple((k - 1) * step + 1 for k, step in zip(self.kernel, self.dilations, strict=True))
 
     @property
-    def before(self) -> Three:
+    def before(self) -> Sizes:
         """Cells cut off in front of each axis: the smaller half of what SAME cuts, 0 for VALID."""
         if self.padding == "VALID":
-            return 0, 0, 0
-        d, h, w = (max(0, full - o) // 2 for full, o in zip(self.full, self.output, strict=True))
-        return d, h, w
+            return (0,) * self.rank
+        return tuple(max(0, full - o) // 2 for full, o in zip(self.full, self.output, strict=True))
 
     @property
-    def full(self) -> Three:
+    def full(self) -> Sizes:
         """Cells of each axis before anything is cut: (n-1)*s + K."""
-        d, h, w = ((n - 1) * s + k for n, s, k in zip(self.input, self.strides, self.spans, strict=True))
-        return d, h, w
+        return tuple((n - 1) * s + k for n, s, k in zip(self.input, self.strides, self.spans, strict=True))
 
     @property
-    def behind(self) -> Three:
+    def behind(self) -> Sizes:
         """Cells cut off behind each axis; negative where the output has cells that no tap reaches."""
-        d, h, w = (f - lo - o for f, lo, o in zip(self.full, self.before, self.output, strict=True))
-        return d, h, w
+        return tuple(f - lo - o for f, lo, o in zip(self.full, self.before, self.output, strict=True))
+
+    @property
+    def room(self) -> Sizes:
+        """Cells of the uncropped fine grid: what is cut off, and outputs that reach beyond the last tap."""
+        return tuple(max(f, lo + o) for f, lo, o in zip(self.full, self.before, self.output, strict=True))
+
+    @property
+    def kept(self) -> tuple[slice, ...]:
+        """Where in `room` the output lies, with all of the batch."""
+        return slice(None), *(slice(lo, lo + o) for lo, o in zip(self.before, self.output, strict=True))
+
+    def reached(self, tap: Sizes) -> tuple[slice, ...]:
+        """Where in `room` a tap carries the input's positions, with all of the batch."""
+        sizes = zip(tap, self.dilations, self.input, self.strides, strict=True)
+        return slice(None), *(slice(a * d, a * d + (n - 1) * s + 1, s) for a, d, n, s in sizes)
 
     @property
     def taps(self) -> int:
@@ -74,27 +108,33 @@ class Layer:
         """Input positions, N*D*H*W."""
         return self.batch * math.prod(self.input)
 
-    @property
-    def filter_shape(self) -> tuple[int, ...]:
-        """TensorFlow's: [kd, kh, kw, Cout, Cin], in both layouts."""
-        return (*self.kernel, self.cout, self.cin)
+    def shape(self, role: str, layout: str = "NDHWC") -> Sizes:
+        """The shape of the coarse array, the fine one or the filter; the latter is TensorFlow's in both layouts.
 
-    def value_shape(self, layout: str = "NDHWC") -> tuple[int, ...]:
-        """The input's shape in a layout."""
-        return in_layout(layout, self.batch, self.input, self.cin)
+        [kd, kh, kw, Cout, Cin], and with groups [kd, kh, kw, Cout of a group, Cin of all].
+        """
+        if role == "filter":
+            return (*self.kernel, self.cout // self.groups, self.cin)
+        spatial, channels = (self.input, self.cin) if role == "coarse" else (self.output, self.cout)
+        return (self.batch, *spatial, channels) if layout == "NDHWC" else (self.batch, channels, *spatial)
 
-    def output_shape(self, layout: str = "NDHWC") -> tuple[int, ...]:
+    def result_shape(self, layout: str = "NDHWC") -> Sizes:
         """The result's shape in a layout."""
-        return in_layout(layout, self.batch, self.output, self.cout)
+        return self.shape(self.roles[2], layout)
 
     def flops(self, complex_: bool = False) -> int:
-        """2*N*D*H*W*Cin*Cout*kd*kh*kw with the input's sizes, cropped products counted; complex ones four times."""
-        return 2 * self.rows * self.cin * self.cout * self.taps * (4 if complex_ else 1)
+        """2*N*D*H*W*Cin*Cout*kd*kh*kw/groups, the input's sizes, cropped products counted; complex ones four times."""
+        return 2 * self.rows * self.cin * self.cout // self.groups * self.taps * (4 if complex_ else 1)
 
     def bytes(self, itemsize: int = 4) -> int:
-        """Bytes of value, filter and result, each once."""
-        shapes = self.value_shape(), self.filter_shape, self.output_shape()
-        return sum(map(math.prod, shapes)) * itemsize
+        """Bytes of both operands and the result, each once."""
+        return sum(math.prod(self.shape(role)) for role in self.roles) * itemsize
+
+    def volume(self) -> Layer:
+        """The same with three axes: a plane as a volume of depth 1."""
+        names = ("input", "kernel", "strides", "dilations", "output")
+        lacking = (1,) * (3 - self.rank)
+        return dataclasses.replace(self, **{name: lacking + getattr(self, name) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""
@@ -107,17 +147,6 @@ class Layer:
         given |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
         given["sweep"] = tuple((axis, size) for axis, size in given["sweep"])
         return cls(**given)
-
-
-def in_layout(layout: str, batch: int, spatial: Sequence[int], channels: int) -> tuple[int, ...]:
-    """Batch, three spatial sizes and channels in the layout's order."""
-    return (batch, *spatial, channels) if layout == "NDHWC" else (batch, channels, *spatial)
-
-
-def three(size: Any) -> Three:
-    """One size for all axes, or one for each."""
-    d, h, w = size if isinstance(size, list | tuple) else (size,) * 3
-    return d, h, w
 
 
 def make(
@@ -133,26 +162,27 @@ def make(
     padding: str = "SAME",
     source: str = "",
     sweep: tuple[tuple[str, int], ...] = (),
+    groups: int = 1,
 ) -> Layer:
-    """A layer from sizes as the files write them; without `output`, the one TensorFlow's Keras infers."""
-    n, k, s, d = map(three, (input, kernel, strides, dilations))
+    """A layer from sizes as the files write them: lists, or one number for all axes, three if there is no list.
+
+    Without `output`, a list, it is the one that TensorFlow's Keras infers.
+    """
+    given = (input, kernel, strides, dilations)
+    rank = next((len(size) for size in given if isinstance(size, list)), 3)
+    n, k, s, d = (tuple(size) if isinstance(size, list) else (size,) * rank for size in given)
     if output is None:
         spans = [(kernel - 1) * dilation + 1 for kernel, dilation in zip(k, d, strict=True)]
         output = [
             size * step if padding == "SAME" else (size - 1) * step + max(step, span)
             for size, step, span in zip(n, s, spans, strict=True)
         ]
-    return Layer(name, batch, cin, cout, n, k, s, d, three(output), padding, source, sweep)
+    return Layer(name, batch, cin, cout, n, k, s, d, tuple(output), padding, source, sweep, groups)
 
 
-def suite(name: str) -> list[Layer]:
-    """The layers of a suite, by name."""
-    return {"models": models, "sweep": sweep, "tiny": tiny, "extremes": extremes}[name]()
-
-
-def models() -> list[Layer]:
-    """Layers of public models, from workloads.json, which names their sources."""
-    return [make(**fields) for fields in json.loads(Path(__file__).with_name("workloads.json").read_text())["layers"]]
+def from_file(suite: str) -> list[Layer]:
+    """Layers from workloads.json, which names their sources."""
+    return [make(**fields) for fields in json.loads(Path(__file__).with_name("workloads.json").read_text())[suite]]
 
 
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -205,3 +235,18 @@ def extremes() -> list[Layer]:
         make("plane_1024_1", 1, [1, 1024, 1024], 8, 1, plane, [1, 2, 2], source="a plane, one output channel"),
         make("filter_64MiB", 1, 2, 512, 512, 4, 2, source="a filter larger than its operands"),
     ]
+
+
+SUITES: dict[str, Callable[[], list[Layer]]] = {
+    "models": partial(from_file, "layers"),
+    "planes": partial(from_file, "planes"),
+    "groups": partial(from_file, "groups"),
+    "sweep": sweep,
+    "tiny": tiny,
+    "extremes": extremes,
+}
+
+
+def suite(name: str, op: str = TRANSPOSE) -> list[Layer]:
+    """The layers of a suite, for an operation."""
+    return [dataclasses.replace(layer, op=op) for layer in SUITES[name]()]

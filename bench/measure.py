@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contenders import Spec, parse
-from bench.layers import Layer
+from bench.layers import TRANSPOSE, Layer
 from bench.process import Lost, Member, Process
 from bench.reference import BOUNDS
 
@@ -38,6 +38,7 @@ class Options:
     subject: Spec
     against: Sequence[Spec]
     workers: Sequence[int]
+    op: str = TRANSPOSE
     dtype: str = "float32"
     layout: str = "NDHWC"
     end_to_end: bool = False
@@ -66,6 +67,7 @@ class Seat:
     spec: Spec
     workers: int
     keep_env: bool
+    op: str = TRANSPOSE
     process: Member | None = None
     losses: int = 0
     status: str = "ok"
@@ -80,8 +82,8 @@ class Seat:
             self.status = "given up"
             return False
         try:
-            if self.spec.missing:
-                self.status, self.detail = "missing", f"not installed: {', '.join(self.spec.missing)}"
+            if reason := self.spec.missing(self.op):
+                self.status, self.detail = "missing", reason
                 return False
             started = Member(self.spec, self.workers, self.keep_env)
         except Lost as loss:
@@ -137,7 +139,7 @@ def measure(options: Options, tell: Tell) -> tuple[list[Row], list[Row]]:
         references = References(Path(folder), options)
         try:
             for workers in options.workers:
-                seats = [Seat(spec, workers, options.keep_env) for spec in options.contenders]
+                seats = [Seat(spec, workers, options.keep_env, options.op) for spec in options.contenders]
                 try:
                     for launch in range(options.launches):
                         where = f"{workers} worker(s), launch {launch + 1} of {options.launches}"

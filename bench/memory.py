@@ -1,4 +1,4 @@
-"""`run --memory`: peak resident memory beyond value, filter and result, each layer in a fresh process."""
+"""`run --memory`: peak resident memory beyond operands and result, each layer in a fresh process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def measure_memory(options: Options, tell: Tell) -> tuple[list[Row], list[Row]]:
     contenders: list[Row] = []
     rows: list[Row] = []
     for workers in options.workers:
-        seats = [Seat(spec, workers, options.keep_env) for spec in options.contenders if spec.kind != "sgemm"]
+        seats = [Seat(spec, workers, options.keep_env, options.op) for spec in options.contenders if spec.kind != "sgemm"]
         for seat in seats:
             for layer in options.layers:
                 tell(f"{workers} worker(s): {seat.spec.name}, {layer.name}")

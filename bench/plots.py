@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench.layers import SWEEP_BASE, Layer
-from bench.results import Document
+from bench.results import Document, op_of
 
 # Okabe and Ito's colours, which differ for all kinds of sight, with markers that differ in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#777777")
@@ -55,7 +55,8 @@ def _figure(width: float, height: float, columns: int, rows: int = 1, **options:
 def _caption(found: Document) -> str:
     machine = found["environment"].get("machine", {})
     settings = found["settings"]
-    text = f"{machine.get('cpu_model')}, {machine.get('usable_cores')} cores; {settings['dtype']}, {settings['layout']}"
+    text = f"{machine.get('cpu_model')}, {machine.get('usable_cores')} cores"
+    text += f"; {op_of(found)}, {settings['dtype']}, {settings['layout']}"
     return text + (", end to end" if settings["end_to_end"] else "")
 
 
@@ -165,7 +166,7 @@ def roofline(found: Document) -> Figure | None:
         ax.grid(color="#e5e5e5", linewidth=0.6)
         labelled.append((ax, places))
         ax.set_title(f"{workers} worker{'s' if workers > 1 else ''}")
-        ax.set_xlabel("FLOP a byte of value, filter and result, each moved once")
+        ax.set_xlabel("FLOP a byte of operands and result, each moved once")
         ax.legend(loc="lower right", frameon=False, fontsize=8)
     axes[0].set_ylabel("GFLOP/s (input-sized count)")
     figure.suptitle(f"Roofline of {subject}, ceilings as measured\n{_caption(found)}", fontsize=10)

@@ -1,7 +1,7 @@
 """Operands, the float64 result that every contender is compared with, and the comparison.
 
-The reference forms one tap at a time, in float64, into an uncropped output, and cuts; its rules come from layers.py.
-The tests compare it with the loop over positions in tests/oracle.py. It imports nothing of gemmconv.
+The reference forms one tap at a time, in float64, on an uncropped fine grid; its rules come from layers.py. The tests
+compare it with the loop over positions in tests/oracle.py. It imports nothing of gemmconv.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.layers import Layer
+from bench.layers import CONV, TRANSPOSE, Layer
 
 Array = np.ndarray[Any, Any]
 
@@ -41,38 +41,54 @@ def dtype_named(name: str) -> np.dtype[Any]:
 
 
 def operands(layer: Layer, dtype: str, layout: str = "NDHWC", seed: int = 0) -> tuple[Array, Array]:
-    """Seeded normal operands, the value C-contiguous in the layout; both layouts hold the same numbers."""
+    """Seeded normal operands, C-contiguous in the layout; both layouts hold the same numbers."""
     rng = np.random.default_rng(seed)
 
-    def normal(shape: tuple[int, ...]) -> Array:
+    def normal(role: str) -> Array:
+        shape = layer.shape(role)
         kind = np.dtype(np.float64 if dtype in ("float64", "complex128") else np.float32)
         drawn = rng.standard_normal(shape, kind)  # type: ignore[arg-type]
         if dtype.startswith("complex"):
             drawn = drawn + 1j * rng.standard_normal(shape, kind)  # type: ignore[arg-type, assignment]
-        return drawn.astype(dtype_named(dtype), copy=False)
+        array = drawn.astype(dtype_named(dtype), copy=False)
+        return array if role == "filter" else np.ascontiguousarray(relaid(array, "NDHWC", layout))
 
-    value, filter = normal(layer.value_shape()), normal(layer.filter_shape)
-    if layout == "NCDHW":
-        value = np.ascontiguousarray(np.moveaxis(value, -1, 1))
-    return value, filter
+    return normal(layer.roles[0]), normal(layer.roles[1])
+
+
+def relaid(array: Array, have: str, want: str) -> Array:
+    """A view of an array of any number of spatial axes in another layout."""
+    if have == want:
+        return array
+    return np.moveaxis(array, -1, 1) if want == "NCDHW" else np.moveaxis(array, 1, -1)
 
 
 def reference(layer: Layer, dtype: str, seed: int = 0) -> Array:
-    """The result in float64 (complex128), as NDHWC."""
-    value, filter = operands(layer, dtype, seed=seed)
+    """The result in float64 (complex128), channels last."""
     wide = np.complex128 if dtype.startswith("complex") else np.float64
-    x, w = value.astype(wide).reshape(-1, layer.cin), filter.astype(wide)
-    # Room for outputs that reach beyond the last tap.
-    room = [max(f, lo + o) for f, lo, o in zip(layer.full, layer.before, layer.output, strict=True)]
-    y = np.zeros((layer.batch, *room, layer.cout), wide)
+    given = [array.astype(wide) for array in operands(layer, dtype, seed=seed)]
+    arrays = dict(zip(layer.roles, [*given, np.zeros(layer.result_shape(), wide)], strict=True))
+    fine = np.zeros((layer.batch, *layer.room, layer.cout), wide)
+    fine[layer.kept] = arrays["fine"]
+    groups, grid = layer.groups, (layer.batch, *layer.input)
+
+    def stacked(array: Array) -> Array:
+        """Rows of the coarse grid, a matrix a group."""
+        return array.reshape(layer.rows, groups, -1).swapaxes(0, 1)
+
+    x, sums = stacked(arrays["coarse"]), np.zeros((groups, layer.rows, layer.cin // groups), wide)
     for tap in itertools.product(*map(range, layer.kernel)):
-        at = [
-            slice(a * d, a * d + (n - 1) * s + 1, s)
-            for a, d, n, s in zip(tap, layer.dilations, layer.input, layer.strides, strict=True)
-        ]
-        y[(slice(None), *at)] += (x @ w[tap].T).reshape(layer.batch, *layer.input, layer.cout)
-    kept = [slice(lo, lo + o) for lo, o in zip(layer.before, layer.output, strict=True)]
-    return np.ascontiguousarray(y[(slice(None), *kept)])
+        at = layer.reached(tap)
+        w = arrays["filter"][tap].reshape(-1, groups, layer.cin // groups).swapaxes(0, 1)  # a view
+        if layer.op == TRANSPOSE:
+            fine[at] += (x @ w.swapaxes(1, 2)).swapaxes(0, 1).reshape(*grid, layer.cout)
+        elif layer.op == CONV:
+            sums += stacked(fine[at]) @ w
+        else:
+            w[...] = stacked(fine[at]).swapaxes(1, 2) @ x
+    if layer.op == CONV:
+        return np.ascontiguousarray(sums.swapaxes(0, 1)).reshape(layer.result_shape())
+    return np.ascontiguousarray(fine[layer.kept]) if layer.op == TRANSPOSE else arrays["filter"]
 
 
 @dataclass(frozen=True)
@@ -85,15 +101,15 @@ class Verdict:
 
 
 def check(result: Any, expected: Array, largest: float, layer: Layer, dtype: str, layout: str) -> Verdict:
-    """Compare a whole result with the reference, plane by plane; NaN is wrong wherever it is."""
+    """Compare a whole result with the reference, part by part; NaN is wrong wherever it is."""
     if not isinstance(result, np.ndarray):
         return Verdict("wrong", None, f"the result is no array but {type(result).__name__}")
-    if result.shape != layer.output_shape(layout):
-        return Verdict("wrong", None, f"the result has shape {result.shape}, not {layer.output_shape(layout)}")
+    if result.shape != layer.result_shape(layout):
+        return Verdict("wrong", None, f"the result has shape {result.shape}, not {layer.result_shape(layout)}")
     if result.dtype != dtype_named(dtype):
         return Verdict("wrong", None, f"the result has dtype {result.dtype}, not {dtype}")
-    if layout == "NCDHW":
-        result = np.moveaxis(result, 1, -1)
+    if layer.roles[2] != "filter":
+        result = relaid(result, layout, "NDHWC")
     worst, bad = 0.0, 0
     bound = BOUNDS[dtype] * largest
     for index in np.ndindex(result.shape[:2]):

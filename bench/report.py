@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.compare import Comparison
-from bench.results import Document, Row, best_framework, failures
+from bench.results import Document, Row, best_framework, failures, op_of
 
 PLAIN_WIDTH = 170  # where the output is no terminal
 
@@ -43,7 +43,7 @@ def print_speed(found: Document, out: Console) -> None:
     for workers in found["settings"]["workers"]:
         mine = escape(subject)
         meaning = f"time of others / time of {mine} ({percent} interval), above 1 {mine} is faster"
-        table = Table(title=f"{workers} worker(s): {meaning}")
+        table = Table(title=f"{op_of(found)}, {workers} worker(s): {meaning}")
         for name in ("layer", subject, "spread", "GFLOP/s", "of roof"):
             table.add_column(escape(name), justify="left" if name == "layer" else "right")
         for name in others:
@@ -160,7 +160,7 @@ def print_warnings(environment: Mapping[str, Any], out: Console) -> None:
 
 def print_memory(found: Document, out: Console) -> None:
     """A table of peaks."""
-    table = Table(title="Peak memory beyond value, filter and result, MiB")
+    table = Table(title=f"{op_of(found)}: peak memory beyond operands and result, MiB")
     names = [found["settings"]["subject"], *found["settings"]["against"]]
     columns = [(name, workers) for workers in found["settings"]["workers"] for name in names]
     rows = {(row["contender"], row["workers"], row["layer"]): row for row in found["rows"]}

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import statistics
-from bench.contenders.roof import sizes
-from bench.layers import Layer
+from bench.contenders.roof import SIZES, sizes
+from bench.layers import TRANSPOSE, Layer
 from bench.measure import Options, settings
 from bench.reference import dtype_named
 from bench.statistics import Interval, Series
@@ -24,10 +24,11 @@ Document = dict[str, Any]
 SCHEMA = "gemmconv-bench"
 SCHEMA_VERSION = 1
 CONVENTIONS = {
-    "flops": "2*N*D*H*W*Cin*Cout*kd*kh*kw with the sizes of the input, cropped products counted; complex ones 4 times",
-    "roof": "sgemm at k = Cin, n = min(kd*kh*kw*Cout, 2048), m = min(N*D*H*W, 1024), warm, one call a worker at once, "
-    "BLAS at one thread",
-    "bytes": "value, filter and result, each once",
+    "flops": "2*N*D*H*W*Cin*Cout*kd*kh*kw/groups with the input sizes and channels of the transposed convolution, "
+    "whatever the operation; cropped products counted; complex ones 4 times",
+    "roof": "sgemm at {}, sizes of the transposed convolution and channels of a group, warm, one call a worker at "
+    "once, BLAS at one thread",
+    "bytes": "operands and result, each once",
     "ratio": "the interquartile mean of the rounds' ratios of contender to subject: above 1 the subject is faster",
     "interval": "bootstrap over rounds, both sides by the same ones, with the deviation from launch to launch added",
     "median_seconds": "the median of the visits' medians; a visit is warmed up, then timed for a few calls",
@@ -37,6 +38,11 @@ CONVENTIONS = {
 FRAMEWORKS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # Statuses of a row: all but 'ok' and 'unsupported' are failures of the contender.
 FAILURES = ("wrong", "raised", "hung", "died", "given up")
+
+
+def op_of(found: Document) -> str:
+    """The operation that a result is of; the first results do not say it."""
+    return str(found["settings"].get("op", TRANSPOSE))
 
 
 def series_of(row: Row) -> Series:
@@ -66,7 +72,7 @@ def document(
         "schema_version": SCHEMA_VERSION,
         "kind": "speed",
         "settings": settings(options),
-        "conventions": CONVENTIONS,
+        "conventions": CONVENTIONS | {"roof": CONVENTIONS["roof"].format(SIZES[options.op])},
         "environment": dict(environment),
         "layers": [layer.to_dict() for layer in options.layers],
         "contenders": list(contenders),

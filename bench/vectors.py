@@ -8,46 +8,56 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.contenders.base import packed, relaid
-from bench.layers import Layer
-from bench.reference import BOUNDS, operands, reference
+from bench.contenders.base import packed
+from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
+from bench.reference import BOUNDS, operands, reference, relaid
 
-VECTORS_VERSION = 1
+VECTORS_VERSION = 2
+# Names of the operands, and the definition.
+NAMES = {TRANSPOSE: ("value", "filter"), CONV: ("input", "filter"), FILTER_GRADIENT: ("input", "out_backprop")}
+RULES = {
+    TRANSPOSE: "result[b, i*stride + a*dilation - padding_before, co] += sum over ci of value[b, i, ci] * "
+    "filter[a, co, ci]",
+    CONV: "result[b, i, ci] += sum over co of input[b, i*stride + a*dilation - padding_before, co] * filter[a, co, ci]",
+    FILTER_GRADIENT: "result[a, co, ci] += sum over b and i of input[b, i*stride + a*dilation - padding_before, co] * "
+    "out_backprop[b, i, ci]",
+}
 
 
 def write_vectors(layers: Sequence[Layer], folder: Path, dtype: str, layout: str, seed: int) -> Path:
-    """Write value, filter and float64 result of each layer; return the path of the index, which is written last."""
+    """Write operands and float64 result of each layer; return the path of the index, which is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for layer in layers:
-        value, filter = operands(layer, dtype, layout, seed)
-        result = packed(relaid(reference(layer, dtype, seed), "NDHWC", layout))
+        exact = reference(layer, dtype, seed)
+        if layer.roles[2] != "filter":
+            exact = packed(relaid(exact, "NDHWC", layout))
+        arrays = dict(zip((*NAMES[layer.op], "result"), (*operands(layer, dtype, layout, seed), exact), strict=True))
         files = {}
-        for name, array in (("value", value), ("filter", filter), ("result", result)):
+        for name, array in arrays.items():
             files[name] = f"{layer.name}.{name}.npy"
             np.save(folder / files[name], array)
         entries.append(
             layer.to_dict()
+            | {f"{name}_shape": array.shape for name, array in arrays.items()}
             | {
                 "files": files,
                 "padding_before": layer.before,
                 "padding_after": layer.behind,
-                "value_shape": value.shape,
-                "filter_shape": filter.shape,
-                "output_shape": result.shape,
-                "largest_result": float(np.abs(result).max(initial=0.0)),
+                "largest_result": float(np.abs(exact).max(initial=0.0)),
             }
         )
     about = (
-        "result[b, i*stride + a*dilation - padding_before, co] += sum over ci of value[b, i, ci] * filter[a, co, ci] "
-        "on each of depth, height and width; a negative padding_after counts output cells that no tap reaches: zeros. "
-        "Filters are [kd, kh, kw, Cout, Cin] in both layouts. A result is right if no cell differs by more than "
-        "error_bound times largest_result."
+        f"{RULES[layers[0].op]} on each of the spatial axes; a negative padding_after counts output cells that no tap "
+        "reaches. Sizes are those of the transposed convolution, from 'input' with cin channels to 'output' with cout; "
+        "filters are [kd, kh, kw, Cout of a group, Cin] in both layouts. A result is right if no cell differs by more "
+        "than error_bound times largest_result."
     )
     index = {
         "schema": "gemmconv-vectors",
         "schema_version": VECTORS_VERSION,
         "about": about,
+        "op": layers[0].op,
         "dtype": dtype,
         "data_format": layout,
         "seed": seed,

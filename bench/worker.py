@@ -64,9 +64,9 @@ class Worker:
 
         self.call = self.job = None  # frees the last layer's memory
         found = Layer.from_dict(layer)
-        value, filter = operands(found, dtype, layout, seed)
-        value.flags.writeable = filter.flags.writeable = False
-        self.job = Job(found, value, filter, dtype, layout, self.facts["workers"], end_to_end)
+        first, second = operands(found, dtype, layout, seed)
+        first.flags.writeable = second.flags.writeable = False
+        self.job = Job(found, first, second, dtype, layout, self.facts["workers"], end_to_end)
         self.facts |= {"reference": reference, "largest": largest}
         calls = list(enumerate(self.contender.calls(self.job)))
         ways, most = (calls, 5) if choice is None else ([calls[choice]], 1)
@@ -100,12 +100,13 @@ class Worker:
     def memory(self, layer: Answer, dtype: str, layout: str, end_to_end: bool, seed: int) -> Answer:
         """Peak resident memory of a layer's first call, beyond what is there before it and beyond its result."""
         from bench.contenders.base import Job
-        from bench.layers import Layer, tiny
+        from bench.layers import Layer, suite
         from bench.reference import operands
 
-        for found in (tiny()[0], Layer.from_dict(layer)):  # a tiny call first: libraries load what they need
-            value, filter = operands(found, dtype, layout, seed)
-            job = Job(found, value, filter, dtype, layout, self.facts["workers"], end_to_end)
+        measured = Layer.from_dict(layer)
+        # A tiny call first: libraries load what they need.
+        for found in (suite("tiny", measured.op)[0], measured):
+            job = Job(found, *operands(found, dtype, layout, seed), dtype, layout, self.facts["workers"], end_to_end)
             call = self.contender.calls(job)[0]
             base = resident_bytes("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

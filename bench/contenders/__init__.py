@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.contenders.base import Contender
+from bench.layers import CONV, FILTER_GRADIENT
 
 PEERS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # What each needs to be installed. The two engines are given an ONNX model.
@@ -20,6 +21,8 @@ NEEDS = {
     "openvino": ("openvino", "onnx"),
     "jax": ("jax",),
 }
+# Operations that a kind of contender has not: ONNX has no operator for the filter's gradient.
+LACKS = {"onnxruntime": (FILTER_GRADIENT,), "openvino": (FILTER_GRADIENT,), "library": (CONV, FILTER_GRADIENT)}
 LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
 FORMS = (
     "gemmconv, gemmconv:ALGORITHM, numpy, " + ", ".join(PEERS) + ", module:function, file.py:function, lib.so:symbol"
@@ -36,10 +39,12 @@ class Spec:
     what: str
     name: str
 
-    @property
-    def missing(self) -> list[str]:
-        """Packages that are not installed."""
-        return [package for package in NEEDS.get(self.kind, ()) if importlib.util.find_spec(package) is None]
+    def missing(self, op: str) -> str:
+        """Why it cannot be measured on an operation: packages that are not installed, or it has none; else empty."""
+        if op in LACKS.get(self.kind, ()):
+            return f"it has no {op}"
+        packages = [package for package in NEEDS.get(self.kind, ()) if importlib.util.find_spec(package) is None]
+        return f"not installed: {', '.join(packages)}" if packages else ""
 
 
 def parse(text: str) -> Spec:
@@ -61,7 +66,9 @@ def parse(text: str) -> Spec:
     if not where or not what:
         raise ValueError(f"{text}: no such contender; it is one of {FORMS}")
     path = Path(where)
-    library = any(suffix in path.suffixes for suffix in LIBRARY_SUFFIXES)
+    library = any(suffix in path.suffixes for suffix in # Operations that a kind of contender has not: ONNX has no operator for the filter's gradient.
+LACKS = {"onnxruntime": (FILTER_GRADIENT,), "openvino": (FILTER_GRADIENT,), "library": (CONV, FILTER_GRADIENT)}
+LIBRARY_SUFFIXES)
     if (library or path.suffix == ".py") and not path.is_file():
         raise ValueError(f"{text}: there is no file {where}")
     if library:

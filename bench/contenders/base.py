@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bench.layers import Layer
-from bench.reference import Array
+import numpy as np
+
+from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
+from bench.reference import Array, relaid
 
 
 class Unsupported(Exception):  # noqa: N818 - not an error of anyone
@@ -19,16 +21,37 @@ class Job:
     """What one contender computes: operands in the posed `layout`, and how it may be called.
 
     With `end_to_end`, calls take these operands and give an array in `layout`; without it, a contender may convert
-    both, outside of the timing, to what it likes best.
+    both, outside of the timing, to what it likes best. Filters are TensorFlow's in each layout.
     """
 
     layer: Layer
-    value: Array
-    filter: Array
+    first: Array
+    second: Array
     dtype: str
     layout: str
     workers: int
     end_to_end: bool = False
+
+    def operands(self, layout: str, onnx: bool = False) -> list[Array]:
+        """Both operands, packed, in a layout; with `onnx`, filters are as PyTorch and ONNX have them.
+
+        Those are [coarse channels, fine channels of a group, kd, kh, kw] in transposed and in forward convolutions.
+        """
+        found = []
+        for role, array in zip(self.layer.roles, (self.first, self.second), strict=False):
+            view = relaid(array, self.layout, layout) if role != "filter" else array
+            found.append(packed(np.moveaxis(view, (-1, -2), (0, 1)) if role == "filter" and onnx else view))
+        return found
+
+    def posed(self, result: Array, layout: str, onnx: bool = False) -> Array:
+        """A result in a layout, in the one that the problem was posed in, as a view."""
+        if self.layer.roles[2] == "filter":
+            return np.moveaxis(result, (0, 1), (-1, -2)) if onnx else result
+        return relaid(result, layout, self.layout)
+
+    def format(self, layout: str) -> str:
+        """TensorFlow's name of a layout: that of planes has no depth."""
+        return layout if self.layer.rank == 3 else layout.replace("D", "")
 
 
 @dataclass(frozen=True)
@@ -56,24 +79,28 @@ class Contender(Protocol):
         """The ways to compute a layer, of which the fastest is measured; raises Unsupported where there is none."""
 
 
-def posed(job: Job, result: Array, layout: str) -> Array:
-    """An array in one layout, in the one that the problem was posed in."""
-    return relaid(result, layout, job.layout)
+def signature(job: Job) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of TensorFlow's function for a job, in the posed layout: positional ones, and keywords.
 
-
-def relaid(array: Array, have: str, want: str) -> Array:
-    """A view of an array in another layout."""
-    if have == want:
-        return array
-    import numpy as np
-
-    return np.moveaxis(array, -1, 1) if want == "NCDHW" else np.moveaxis(array, 1, -1)
+    Strides and dilations have one number an axis. Groups show in a forward convolution's shapes, and nowhere else.
+    """
+    layer = job.layer
+    if layer.groups > 1 and layer.op != CONV:
+        raise Unsupported(f"TensorFlow's {layer.op} has no groups")
+    options = {
+        "strides": layer.strides,
+        "padding": layer.padding,
+        "data_format": job.format(job.layout),
+        "dilations": layer.dilations,
+    }
+    if layer.op == TRANSPOSE:
+        options["output_shape"] = layer.result_shape(job.layout)
+    sizes = [layer.shape("filter")] if layer.op == FILTER_GRADIENT else []
+    return [job.first, *sizes, job.second], options
 
 
 def packed(array: Array) -> Array:
     """A C-contiguous array of the same numbers: the array itself if it is one."""
-    import numpy as np
-
     return np.ascontiguousarray(array)
 
 

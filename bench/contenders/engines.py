@@ -1,13 +1,12 @@
-"""ONNX Runtime and OpenVINO: a model of one ConvTranspose with its filter as a constant, as such engines are used."""
+"""ONNX Runtime and OpenVINO: a model of one operator with its filter as a constant, as such engines are used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from bench.contenders.base import Call, Contender, Job, only_float32, packed, posed, relaid
+from bench.contenders.base import Call, Contender, Job, only_float32, packed
+from bench.layers import TRANSPOSE
 
 CONSTANT = "the filter is a constant of the model, prepared before"
 
@@ -18,21 +17,23 @@ def model(job: Job) -> bytes:
     from onnx import helper
 
     layer = job.layer
-    filter = packed(np.transpose(job.filter, (4, 3, 0, 1, 2)))
+    filter = job.operands("NCDHW", onnx=True)[1]
     attributes = {
         "kernel_shape": layer.kernel,
         "strides": layer.strides,
         "dilations": layer.dilations,
+        "group": layer.groups,
         "pads": [*layer.before, *(max(0, hi) for hi in layer.behind)],
-        "output_padding": [max(0, -hi) for hi in layer.behind],
     }
+    if layer.op == TRANSPOSE:
+        attributes["output_padding"] = [max(0, -hi) for hi in layer.behind]
     kind = onnx.TensorProto.FLOAT
-    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], **attributes)
+    node = helper.make_node("ConvTranspose" if layer.op == TRANSPOSE else "Conv", ["x", "w"], ["y"], **attributes)
     graph = helper.make_graph(
         [node],
         "layer",
-        [helper.make_tensor_value_info("x", kind, layer.value_shape("NCDHW"))],
-        [helper.make_tensor_value_info("y", kind, layer.output_shape("NCDHW"))],
+        [helper.make_tensor_value_info("x", kind, layer.shape(layer.roles[0], "NCDHW"))],
+        [helper.make_tensor_value_info("y", kind, layer.result_shape("NCDHW"))],
         [helper.make_tensor("w", kind, filter.shape, filter.tobytes(), raw=True)],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -41,14 +42,15 @@ def model(job: Job) -> bytes:
 
 def calls(job: Job, run: Callable[[Any], Any], note: str) -> list[Call]:
     """The one way of an engine whose arrays are NCDHW."""
+    layout = job.format("NCDHW")
     if job.end_to_end:
 
         def timed() -> Any:
-            return packed(posed(job, run(packed(relaid(job.value, job.layout, "NCDHW"))), "NCDHW"))
+            return packed(job.posed(run(job.operands("NCDHW")[0]), "NCDHW"))
 
-        return [Call("NCDHW", timed, lambda result: result, note=note)]
-    value = packed(relaid(job.value, job.layout, "NCDHW"))
-    return [Call("NCDHW", lambda: run(value), lambda result: posed(job, result, "NCDHW"), note=note)]
+        return [Call(layout, timed, lambda result: result, note=note)]
+    value = job.operands("NCDHW")[0]
+    return [Call(layout, lambda: run(value), lambda result: job.posed(result, "NCDHW"), note=note)]
 
 
 class OnnxRuntime(Contender):

@@ -7,54 +7,72 @@ from typing import Any
 
 import numpy as np
 
-from bench.contenders.base import Call, Job, Unsupported, packed, posed, relaid
-from bench.layers import Layer
+from bench.contenders.base import Call, Job, Unsupported, packed, signature
+from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
 from bench.reference import Array
+
+# The public functions with TensorFlow's signatures, by operation and spatial axes.
+FUNCTIONS = {
+    (TRANSPOSE, 3): "conv3d_transpose",
+    (TRANSPOSE, 2): "conv2d_transpose",
+    (CONV, 3): "conv3d",
+    (CONV, 2): "conv2d",
+    (FILTER_GRADIENT, 3): "conv3d_backprop_filter_v2",
+}
 
 
 class Gemmconv:
-    """`gemmconv.conv3d_transpose`, called as a user does, in the layout that the problem is posed in."""
+    """gemmconv, called as a user does, in the layout that the problem is posed in.
+
+    What no function with TensorFlow's signature can say is asked of `gemmconv.calls`, where all front ends end.
+    """
 
     def __init__(self, algorithm: str = "auto") -> None:
         import gemmconv
 
-        self._function = gemmconv.conv3d_transpose
-        self._plan = gemmconv.plan_conv3d_transpose
         self.algorithm = algorithm
         self.versions = {"gemmconv": gemmconv.__version__}
 
     def calls(self, job: Job) -> list[Call]:
         """One way: the lowering is the plan's choice, or the one that was named."""
-        layer = job.layer
-        arguments = (layer.output_shape(job.layout), layer.strides, layer.padding, job.layout)
-        options: dict[str, Any] = {
-            "dilations": layer.dilations,
-            "algorithm": self.algorithm,
-            "workers": job.workers,
-        }
+        import gemmconv
+        from gemmconv import calls
+
+        layer, asked = job.layer, problem_of(job)
         try:
-            plan = self._plan(
-                layer.value_shape(job.layout), layer.filter_shape, *arguments, dtype=job.value.dtype, **options
-            )
+            plan = calls.plan("bench", asked, self.algorithm, job.workers)
         except ValueError as refusal:  # a lowering that cannot do every problem says so, and is no worse for it
             if self.algorithm == "auto":
                 raise
             raise Unsupported(str(refusal)) from refusal
-        call = partial(self._function, job.value, job.filter, *arguments, **options)
-        return [
-            Call(
-                job.layout,
-                call,
-                lambda result: result,
-                lambda out: call(out=out),
-                layer.output_shape(job.layout),
-                f"{plan.algorithm}",
-            )
-        ]
+        options: dict[str, Any] = {"algorithm": self.algorithm, "workers": job.workers}
+        name = FUNCTIONS.get((layer.op, layer.rank))
+        if name is None or (layer.groups > 1 and layer.op != CONV):
+            call = partial(calls.compute, "bench", asked, job.first, job.second, rank=layer.rank, **options)
+        else:
+            arguments, keywords = signature(job)
+            call = partial(getattr(gemmconv, name), *arguments, **keywords, **options)
+        into, shape = (lambda out: call(out=out)), layer.result_shape(job.layout)
+        return [Call(job.layout, call, lambda result: result, into, shape, plan.algorithm)]
+
+
+def problem_of(job: Job) -> Any:
+    """The job as gemmconv's `Problem`."""
+    from gemmconv.problem import Axis, Problem
+
+    layer = job.layer.volume()
+    d, h, w = (
+        Axis(n, o, k, s, dilation, lo)
+        for n, o, k, s, dilation, lo in zip(
+            layer.input, layer.output, layer.kernel, layer.strides, layer.dilations, layer.before, strict=True
+        )
+    )
+    cin, cout = layer.cin // layer.groups, layer.cout // layer.groups
+    return Problem(layer.op, layer.batch, cin, cout, (d, h, w), job.first.dtype, job.layout, layer.groups)
 
 
 class Obvious:
-    """The obvious version: one GEMM for all taps, a strided addition for each into an uncropped output, a crop."""
+    """The obvious version: columns of all taps at once, one GEMM, and a strided copy or addition for each tap."""
 
     def __init__(self) -> None:
         self.versions = {"numpy": np.__version__}
@@ -63,29 +81,40 @@ class Obvious:
         """One way, channels last."""
         if job.dtype in ("float16", "bfloat16"):
             raise Unsupported(f"NumPy has no GEMM of {job.dtype}")
-        value = packed(relaid(job.value, job.layout, "NDHWC"))
         if job.end_to_end:
-            return [Call("NDHWC", lambda: self._end_to_end(job), lambda result: result)]
-        return [
-            Call("NDHWC", partial(obvious, job.layer, value, job.filter), lambda result: posed(job, result, "NDHWC"))
-        ]
 
-    @staticmethod
-    def _end_to_end(job: Job) -> Array:
-        result = obvious(job.layer, packed(relaid(job.value, job.layout, "NDHWC")), job.filter)
-        return packed(posed(job, result, "NDHWC"))
+            def end_to_end() -> Array:
+                return packed(job.posed(obvious(job.layer, *job.operands("NDHWC")), "NDHWC"))
+
+            return [Call("NDHWC", end_to_end, lambda result: result)]
+        call = partial(obvious, job.layer, *job.operands("NDHWC"))
+        return [Call("NDHWC", call, lambda result: job.posed(result, "NDHWC"))]
 
 
-def obvious(layer: Layer, value: Array, filter: Array) -> Array:
-    """Twenty lines of NumPy, NDHWC."""
-    columns = (value.reshape(-1, layer.cin) @ filter.reshape(-1, layer.cin).T).reshape(
-        *value.shape[:4], *filter.shape[:4]
-    )
-    room = [max(f, lo + o) for f, lo, o in zip(layer.full, layer.before, layer.output, strict=True)]
-    y = np.zeros((layer.batch, *room, layer.cout), value.dtype)
-    for taps in np.ndindex(layer.kernel):
-        first = [tap * step for tap, step in zip(taps, layer.dilations, strict=True)]
-        d, h, w = (slice(p, p + (n - 1) * s + 1, s) for p, n, s in zip(first, layer.input, layer.strides, strict=True))
-        y[:, d, h, w] += columns[:, :, :, :, taps[0], taps[1], taps[2]]
-    d, h, w = (slice(lo, lo + o) for lo, o in zip(layer.before, layer.output, strict=True))
-    return y[:, d, h, w].copy()
+def obvious(layer: Layer, first: Array, second: Array) -> Array:
+    """A few lines of NumPy for each operation, channels last; matrices are stacked by groups."""
+    groups, grid = layer.groups, (layer.batch, *layer.input)
+    taps = list(np.ndindex(layer.kernel))
+    fine = np.zeros((layer.batch, *layer.room, layer.cout), first.dtype)
+
+    def rows(array: Array) -> Array:
+        """A row a position of the coarse grid, of [..., channels of all groups]."""
+        split = array.reshape(layer.rows, -1, groups, array.shape[-1] // groups)
+        return np.moveaxis(split, 2, 0).reshape(groups, layer.rows, -1)
+
+    def joined(array: Array, *leading: int) -> Array:
+        """Matrices as [*leading, channels of all groups]."""
+        return np.moveaxis(array.reshape(groups, *leading, -1), 0, -2).reshape(*leading, -1)
+
+    if layer.op != FILTER_GRADIENT:
+        filter = np.moveaxis(second.reshape(-1, groups, layer.cin // groups), 1, 0)
+    if layer.op == TRANSPOSE:
+        columns = joined(rows(first) @ filter.swapaxes(1, 2), *grid, len(taps))
+        for i, tap in enumerate(taps):
+            fine[layer.reached(tap)] += columns[..., i, :]
+        return fine[layer.kept].copy()
+    fine[layer.kept] = first
+    columns = rows(np.stack([fine[layer.reached(tap)] for tap in taps], -2))
+    if layer.op == CONV:
+        return joined(columns @ filter, *grid)
+    return joined(columns.swapaxes(1, 2) @ rows(second), *layer.kernel, layer.cout // groups)

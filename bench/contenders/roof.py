@@ -14,7 +14,7 @@ import numpy as np
 import threadpoolctl
 
 from bench.contenders.base import Call, Contender, Job
-from bench.layers import Layer
+from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
 
 MOST_ROWS, MOST_COLUMNS = 1024, 2048
 # A timed roof is as many products as take a millisecond or more, so that the meeting of threads does not count.
@@ -22,8 +22,20 @@ BATCH_FLOPS, MOST_REPEATS = 2e8, 1000
 
 
 def sizes(layer: Layer) -> tuple[int, int, int]:
-    """m, n, k of a layer's roof: k = Cin, n = min(kd*kh*kw*Cout, 2048), m = min(N*D*H*W, 1024)."""
-    return min(layer.rows, MOST_ROWS), min(layer.taps * layer.cout, MOST_COLUMNS), layer.cin
+    """m, n, k of a layer's roof, those of one group: see SIZES."""
+    rows, columns = min(layer.rows, MOST_ROWS), min(layer.taps * layer.cout // layer.groups, MOST_COLUMNS)
+    cin = layer.cin // layer.groups
+    if layer.op == TRANSPOSE:
+        return rows, columns, cin
+    return (columns, cin, rows) if layer.op == FILTER_GRADIENT else (rows, cin, columns)
+
+
+# The matrices are positions by channels of the input grid, and by taps and output channels.
+SIZES = {
+    TRANSPOSE: "k = Cin, n = min(kd*kh*kw*Cout, 2048), m = min(N*D*H*W, 1024)",
+    CONV: "k = min(kd*kh*kw*Cout, 2048), n = Cin, m = min(N*D*H*W, 1024)",
+    FILTER_GRADIENT: "k = min(N*D*H*W, 1024), n = Cin, m = min(kd*kh*kw*Cout, 2048)",
+}
 
 
 class Together:
@@ -55,12 +67,16 @@ class Together:
         self._start.wait()
 
 
-def products(m: int, n: int, k: int, dtype: np.dtype[Any], repeats: int) -> Callable[[], None]:
-    """A worker's part: the same product again and again, with operands of its own, B as a filter lies."""
+def products(
+    m: int, n: int, k: int, dtype: np.dtype[Any], repeats: int, op: str = TRANSPOSE
+) -> Callable[[], None]:
+    """A worker's part: the same product again and again, with operands of its own that lie as the operation's do."""
     from gemmconv.blas import Gemm
 
+    a_lies, b_lies = op == FILTER_GRADIENT, op == TRANSPOSE  # as [k, m], as [n, k]
+    lda, ldb = m if a_lies else k, k if b_lies else n
     rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (n, k)))
+    a, b = (rng.standard_normal(size).astype(dtype) for size in (m * k, n * k))
     c = np.zeros((m, n), dtype)
     gemm = Gemm(dtype)
     arrays = a, b, c  # what the addresses below belong to
@@ -68,7 +84,7 @@ def products(m: int, n: int, k: int, dtype: np.dtype[Any], repeats: int) -> Call
     def work() -> None:
         x, w, y = (array.ctypes.data for array in arrays)
         for _ in range(repeats):
-            gemm(m, n, k, x, k, False, w, k, True, y, n)
+            gemm(m, n, k, x, lda, a_lies, w, ldb, b_lies, y, n)
 
     return work
 
@@ -90,11 +106,11 @@ class Sgemm(Contender):
         if self._running is not None:
             self._running.close()
         m, n, k = sizes(job.layer)
-        dtype = np.dtype(np.float32) if job.value.dtype.itemsize == 2 else job.value.dtype
+        dtype = np.dtype(np.float32) if job.first.dtype.itemsize == 2 else job.first.dtype
         hold_blas()
         # From the sizes alone, so that every process does as many.
         repeats = max(1, min(MOST_REPEATS, round(BATCH_FLOPS / (2 * m * n * k))))
-        self._running = Together([products(m, n, k, dtype, repeats) for _ in range(job.workers)])
+        self._running = Together([products(m, n, k, dtype, repeats, job.layer.op) for _ in range(job.workers)])
         return [Call(f"m={m}, n={n}, k={k}", self._running, np.asarray, note=str(repeats))]
 
 

@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from bench.contenders.base import Call, Contender, Job, only_float32
+from bench.contenders.base import Call, Contender, Job, Unsupported, only_float32, signature
 from bench.reference import Array
 
 INTERFACE_VERSION = 1
 
 
 class Function(Contender):
-    """A function ``f(value, filter, output_shape=, strides=, padding=, data_format=, dilations=)``.
+    """A function with TensorFlow's signature of the operation, as `gemmconv.nn` has them.
 
-    A parameter named `workers` is given the number of threads to use, and one named `out` makes calls into an array
-    possible. Strides and dilations are three integers, output_shape is five, in the order of data_format.
+    ``conv3d_transpose(value, filter, output_shape=, ...)``, ``conv3d(input, filter, ...)`` or
+    ``conv3d_backprop_filter_v2(input, filter_sizes, out_backprop, ...)``, the first two or three by position, with the
+    keywords strides, padding, data_format and dilations. A parameter named `workers` is given the number of threads to
+    use, and one named `out` makes calls into an array possible. Strides and dilations are an integer an axis.
     """
 
     def __init__(self, where: str, what: str, is_file: bool) -> None:
@@ -36,19 +38,12 @@ class Function(Contender):
 
     def calls(self, job: Job) -> list[Call]:
         """One way: arrays in, something that NumPy makes an array of out."""
-        layer = job.layer
-        options: dict[str, Any] = {
-            "output_shape": layer.output_shape(job.layout),
-            "strides": layer.strides,
-            "padding": layer.padding,
-            "data_format": job.layout,
-            "dilations": layer.dilations,
-        }
+        operands, options = signature(job)
         if "workers" in self._parameters:
             options["workers"] = job.workers
-        call = partial(_finished, partial(self._function, job.value, job.filter, **options))
+        call = partial(_finished, partial(self._function, *operands, **options))
         into = (lambda out: call(out=out)) if "out" in self._parameters else None
-        return [Call(job.layout, call, np.asarray, into, layer.output_shape(job.layout))]
+        return [Call(job.layout, call, np.asarray, into, job.layer.result_shape(job.layout))]
 
 
 def _finished(function: Callable[..., Any], **options: Any) -> Any:
@@ -103,23 +98,22 @@ class Library(Contender):
     def calls(self, job: Job) -> list[Call]:
         """One way: into a new array each time, or into one that is given."""
         only_float32(job)
-        layer, channels_last = job.layer, job.layout == "NDHWC"
-        shape = layer.output_shape(job.layout)
+        layer, channels_last = job.layer.volume(), job.layout == "NDHWC"
+        if layer.groups > 1:
+            raise Unsupported("the interface has no groups")
+        shape = job.layer.result_shape(job.layout)
         problem = Problem(
             INTERFACE_VERSION, job.workers, layer.batch, layer.cin, layer.cout, layer.input, layer.output,
             layer.kernel, layer.strides, layer.dilations, layer.before,
         )  # fmt: skip
-        for name, sizes, spatial in (
-            ("value_strides", layer.value_shape(job.layout), True),
-            ("filter_strides", layer.filter_shape, False),
-            ("output_strides", shape, True),
-        ):
+        for name, role in (("value_strides", "coarse"), ("filter_strides", "filter"), ("output_strides", "fine")):
+            sizes = layer.shape(role, job.layout)
             steps = [int(np.prod(sizes[i + 1 :], dtype=np.int64)) for i in range(5)]
-            if spatial and not channels_last:  # always in the order N, D, H, W, C
+            if role != "filter" and not channels_last:  # always in the order N, D, H, W, C
                 steps = [steps[0], *steps[2:], steps[1]]
             setattr(problem, name, (ctypes.c_int64 * 5)(*steps))
         pointer = ctypes.byref(problem)
-        value, filter = job.value.ctypes.data, job.filter.ctypes.data
+        value, filter = job.first.ctypes.data, job.second.ctypes.data
 
         def into(out: Array, held: Job = job) -> Array:  # the addresses are those of its arrays
             status = self._function(pointer, value, filter, out.ctypes.data)
