@@ -81,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     _add_suite(vectors)
     vectors.set_defaults(run=run_vectors)
 
+    calibrate = commands.add_parser("calibrate", help="measure the constants of gemmconv's cost model on this machine")
+    calibrate.add_argument("--seconds", type=float, default=20.0, help="about how long to measure (20)")
+    calibrate.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
+    calibrate.set_defaults(run=run_calibrate)
     latency = commands.add_parser("latency", help="measure a tiny call of gemmconv")
     latency.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     latency.set_defaults(run=run_latency, timeout=60.0)
@@ -92,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_suite(command: argparse.ArgumentParser) -> None:
     command.add_argument("--suite", choices=list(layers.SUITES), default="models")
-    command.add_argument("--op", choices=list(layers.OPS), default=layers.TRANSPOSE, help="which operation of its layers")
+    command.add_argument("--op", choices=list(layers.OPS), default=layers.TRANSPOSE, help="what its layers do")
     command.add_argument("--only", type=_names, metavar="A,B", help="layers whose name contains one of these")
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--layout", choices=layers.LAYOUTS, default="NDHWC", help="in which the problem is posed")
@@ -144,7 +148,7 @@ def _workers(given: list[int] | None) -> list[int]:
 def options_of(args: argparse.Namespace) -> Options:
     """What a run was asked for, checked."""
     try:
-        subject, *against = contenders.parse_all([args.subject, *args.against])
+        subject, *against = contenders.parse_all([args.subject, *args.against], args.op)
     except ValueError as error:
         raise Refused(str(error)) from error
     minutes = args.minutes or (1.4 if args.quick else 5.0)
@@ -254,6 +258,20 @@ def run_vectors(args: argparse.Namespace) -> int:
     from bench.vectors import write_vectors
 
     print(write_vectors(chosen_layers(args), args.output, args.dtype, args.layout, args.seed))
+    return FINE
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Print constants as measured beside those that are shipped."""
+    from bench import calibrate, report
+    from bench.process import Process
+
+    threads = min(2, _cores())
+    with Process(threads, args.keep_env) as process:
+        answer = process.ask("calibrate", 60 + 5 * args.seconds, seconds=args.seconds, threads=threads)
+    if answer["status"] != "ok":
+        raise Refused(answer["detail"])
+    report.print_constants(calibrate.shipped(), answer["constants"], report.console())
     return FINE
 
 

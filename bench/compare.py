@@ -51,8 +51,8 @@ def differences(before: Document, after: Document) -> list[str]:
         found.append(f"only results of speed are compared, these are {before['kind']} and {after['kind']}")
     ours, theirs = machine_of(before["environment"]), machine_of(after["environment"])
     found += [f"{key} was {ours[key]!r} and is {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
-    asked = [{key: d["settings"].get(key) for key in SETTINGS} | {"op": op_of(d)} for d in (before, after)]
-    return found + [f"{key} was {old!r} and is {asked[1][key]!r}" for key, old in asked[0].items() if asked[1][key] != old]
+    asked, now = ({key: d["settings"].get(key) for key in SETTINGS} | {"op": op_of(d)} for d in (before, after))
+    return found + [f"{key} was {old!r} and is {now[key]!r}" for key, old in asked.items() if now[key] != old]
 
 
 def compare(before: Document, after: Document, fail_over: float, only: str | None = None) -> Comparison:

@@ -14,7 +14,9 @@ def measure_memory(options: Options, tell: Tell) -> tuple[list[Row], list[Row]]:
     contenders: list[Row] = []
     rows: list[Row] = []
     for workers in options.workers:
-        seats = [Seat(spec, workers, options.keep_env, options.op) for spec in options.contenders if spec.kind != "sgemm"]
+        seats = [
+            Seat(spec, workers, options.keep_env, options.op) for spec in options.contenders if spec.kind != "sgemm"
+        ]
         for seat in seats:
             for layer in options.layers:
                 tell(f"{workers} worker(s): {seat.spec.name}, {layer.name}")

@@ -238,3 +238,15 @@ def print_comparison(found: Comparison, fail_over: float, out: Console) -> None:
         )
     for layer, name, workers in found.missing:
         out.print(f"MISSING: {layer}, {name}, {workers} worker(s)", style="red", markup=False)
+
+
+def print_constants(shipped: Mapping[str, float], measured: Mapping[str, float], out: Console) -> None:
+    """Constants of the cost model, as measured beside those that are shipped."""
+    table = Table(title="Constants of gemmconv/lowerings/cost.py, in seconds, FLOP/s and sizes")
+    for name in ("name", "shipped", "measured", "ratio"):
+        table.add_column(name, justify="left" if name == "name" else "right")
+    for name, value in measured.items():
+        table.add_row(name, f"{shipped[name]:.3g}", f"{value:.3g}", f"{value / shipped[name]:.2f}")
+    out.print(table)
+    text = "Only ratios between the constants decide what is chosen: one factor for all times changes nothing."
+    out.print(f"{text} Nothing was written.", style="dim")

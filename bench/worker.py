@@ -131,6 +131,12 @@ class Worker:
 
         return dict(machine_roofs(workers, l2_bytes, memory_bytes))
 
+    def calibrate(self, seconds: float, threads: int) -> Answer:
+        """Measure the constants of gemmconv's cost model."""
+        from bench.calibrate import measure
+
+        return {"constants": measure(seconds, threads)}
+
     def latency(self) -> Answer:
         """Measure a tiny call."""
         from bench.startup import latency

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.contenders.base import Contender
-from bench.layers import CONV, FILTER_GRADIENT
+from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE
 
 PEERS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # What each needs to be installed. The two engines are given an ONNX model.
@@ -47,17 +47,17 @@ class Spec:
         return f"not installed: {', '.join(packages)}" if packages else ""
 
 
-def parse(text: str) -> Spec:
-    """Read a contender from the command line; a ValueError says what is wrong with it."""
+def parse(text: str, op: str = TRANSPOSE) -> Spec:
+    """Read a contender of an operation from the command line; a ValueError says what is wrong with it."""
     where, _, what = text.rpartition(":")
     if text in ("gemmconv", "gemmconv:auto"):
         return Spec(text, "gemmconv", "", "auto", "gemmconv")
     if where == "gemmconv":
         from gemmconv.lowerings import LOWERINGS
 
-        known = LOWERINGS["conv3d_transpose"]
+        known = LOWERINGS[op]
         if what not in known:
-            raise ValueError(f"{text}: gemmconv has no algorithm {what!r}, it has auto, {', '.join(known)}")
+            raise ValueError(f"{text}: gemmconv has no {op} algorithm {what!r}, it has auto, {', '.join(known)}")
         return Spec(text, "gemmconv", "", what, text)
     if text == "numpy" or text in PEERS:
         return Spec(text, text, "", "", text)
@@ -66,9 +66,7 @@ def parse(text: str) -> Spec:
     if not where or not what:
         raise ValueError(f"{text}: no such contender; it is one of {FORMS}")
     path = Path(where)
-    library = any(suffix in path.suffixes for suffix in # Operations that a kind of contender has not: ONNX has no operator for the filter's gradient.
-LACKS = {"onnxruntime": (FILTER_GRADIENT,), "openvino": (FILTER_GRADIENT,), "library": (CONV, FILTER_GRADIENT)}
-LIBRARY_SUFFIXES)
+    library = any(suffix in path.suffixes for suffix in LIBRARY_SUFFIXES)
     if (library or path.suffix == ".py") and not path.is_file():
         raise ValueError(f"{text}: there is no file {where}")
     if library:
@@ -78,11 +76,11 @@ LIBRARY_SUFFIXES)
     return Spec(text, "module", where, what, text)
 
 
-def parse_all(texts: list[str]) -> list[Spec]:
+def parse_all(texts: list[str], op: str = TRANSPOSE) -> list[Spec]:
     """Read contenders; one that comes again gets a name of its own, which is how A is measured against A."""
     found: list[Spec] = []
     for text in texts:
-        spec = parse(text)
+        spec = parse(text, op)
         names = [other.name for other in found]
         again = next(
             n for n in range(1, len(names) + 2) if f"{spec.name}#{n}" not in names and (n > 1 or spec.name not in names)

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
+from bench.layers import FILTER_GRADIENT, TRANSPOSE, Layer
 from bench.reference import Array, relaid
+
+NO_GROUPS = "TensorFlow's conv3d_transpose has no groups"
 
 
 class Unsupported(Exception):  # noqa: N818 - not an error of anyone
@@ -82,11 +84,11 @@ class Contender(Protocol):
 def signature(job: Job) -> tuple[list[Any], dict[str, Any]]:
     """Arguments of TensorFlow's function for a job, in the posed layout: positional ones, and keywords.
 
-    Strides and dilations have one number an axis. Groups show in a forward convolution's shapes, and nowhere else.
+    Strides and dilations have one number an axis. Groups show in the shapes of a forward convolution only.
     """
     layer = job.layer
-    if layer.groups > 1 and layer.op != CONV:
-        raise Unsupported(f"TensorFlow's {layer.op} has no groups")
+    if layer.groups > 1 and layer.op == TRANSPOSE:
+        raise Unsupported(NO_GROUPS)
     options = {
         "strides": layer.strides,
         "padding": layer.padding,

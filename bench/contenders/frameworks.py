@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.contenders.base import Call, Contender, Job, Unsupported, only_float32, packed
+from bench.contenders.base import NO_GROUPS, Call, Contender, Job, Unsupported, only_float32, packed
 from bench.layers import CONV, TRANSPOSE, Layer
 from bench.reference import Array
 
@@ -121,8 +121,8 @@ class TensorFlow(Contender):
 
         only_float32(job, "float64")
         layer, layout = job.layer, job.format("NDHWC")
-        if layer.groups > 1 and layer.op != CONV:
-            raise Unsupported(f"TensorFlow's {layer.op} has no groups")
+        if layer.groups > 1 and layer.op == TRANSPOSE:
+            raise Unsupported(NO_GROUPS)
         steps, dilations = [1, *layer.strides, 1], [1, *layer.dilations, 1]
         gradients = {3: tf.raw_ops.Conv3DBackpropFilterV2, 2: tf.raw_ops.Conv2DBackpropFilter}
 
@@ -173,8 +173,8 @@ class Jax(Contender):
         import jax
 
         layer = job.layer
-        if layer.groups > 1 and layer.op != CONV:
-            raise Unsupported(f"groups of {layer.op} are not measured here")
+        if layer.groups > 1 and layer.op == TRANSPOSE:
+            raise Unsupported("its groups of a transposed convolution would need filters in another order")
         ends = list(zip(layer.before, layer.behind, strict=True))
         kernel_format = job.format("DHWOI" if layer.op == TRANSPOSE else "DHWIO")
         options: dict[str, Any] = {"rhs_dilation": layer.dilations, "precision": jax.lax.Precision.HIGHEST}

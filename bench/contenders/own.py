@@ -47,7 +47,7 @@ class Gemmconv:
             raise Unsupported(str(refusal)) from refusal
         options: dict[str, Any] = {"algorithm": self.algorithm, "workers": job.workers}
         name = FUNCTIONS.get((layer.op, layer.rank))
-        if name is None or (layer.groups > 1 and layer.op != CONV):
+        if name is None or (layer.groups > 1 and layer.op == TRANSPOSE):
             call = partial(calls.compute, "bench", asked, job.first, job.second, rank=layer.rank, **options)
         else:
             arguments, keywords = signature(job)

@@ -67,9 +67,7 @@ class Together:
         self._start.wait()
 
 
-def products(
-    m: int, n: int, k: int, dtype: np.dtype[Any], repeats: int, op: str = TRANSPOSE
-) -> Callable[[], None]:
+def products(m: int, n: int, k: int, dtype: np.dtype[Any], repeats: int, op: str = TRANSPOSE) -> Callable[[], None]:
     """A worker's part: the same product again and again, with operands of its own that lie as the operation's do."""
     from gemmconv.blas import Gemm
 
