@@ -20,6 +20,18 @@ def right(value, filter, output_shape, strides, padding, data_format, dilations,
     )
 
 
+def right_conv3d(input, filter, strides, padding, data_format, dilations, workers, out=None):
+    """The same of conv3d."""
+    return gemmconv.conv3d(input, filter, strides, padding, data_format, dilations, workers=workers, out=out)
+
+
+def right_conv3d_backprop_filter(input, filter_sizes, out_backprop, strides, padding, data_format, dilations):
+    """The same of the filter's gradient."""
+    return gemmconv.conv3d_backprop_filter_v2(
+        input, filter_sizes, out_backprop, strides, padding, data_format, dilations
+    )
+
+
 def a_list(value, filter, **arguments):
     """NumPy makes an array of it, of the wrong dtype."""
     return gemmconv.conv3d_transpose(value, filter, **arguments).tolist()

@@ -15,6 +15,8 @@ import oracle
 import pytest
 import scipy.stats
 
+from gemmconv.lowerings import cost
+
 ROOT = Path(__file__).parents[1]
 HERE = f"{ROOT / 'tests' / 'bench_contenders.py'}:"
 QUICK = ("--quick", "--rounds", "3", "--workers", "1")
@@ -150,6 +152,42 @@ def test_compare(speed, tmp_path):
     assert "No such file" in bench("compare", path, tmp_path / "none.json", status=2)
 
 
+@pytest.mark.parametrize(
+    ("op", "algorithm", "roof"), [("conv3d", "im2col", [60, 5, 72]), ("conv3d_backprop_filter", "im2col", [72, 5, 60])]
+)
+def test_operations(speed, tmp_path, op, algorithm, roof):
+    """Others than the transposed convolution: right, with their own roof, drawn, and not compared with another's."""
+    path = tmp_path / "result.json"
+    against = f"gemmconv:{algorithm},numpy,onnxruntime,{HERE}right_{op}"
+    arguments = ("--suite", "tiny", "--only", "line,odd", *QUICK, "--layout", "NCDHW", "--json", path)
+    text = bench("run", "--op", op, "--against", against, *arguments)
+    found = json.loads(path.read_text())
+    rows = rows_of(found)
+    for name in ("gemmconv", algorithm, "numpy", f"right_{op}"):
+        for layer in ("tiny_line", "tiny_odd"):
+            assert rows[name, layer]["status"] == "ok"
+            assert 0 < rows[name, layer]["error_fraction"] < 1e-6
+    assert found["settings"]["op"] == {layer["op"] for layer in found["layers"]}.pop() == op
+    assert f"{op}, 1 worker(s)" in text
+    if op == "conv3d_backprop_filter":
+        assert f"onnxruntime was not measured: it has no {op}" in text
+    assert [found["layer_roofs"][0][key] for key in "mnk"] == roof  # of tiny_odd
+    assert len(bench("plot", path).split()) >= 2
+    assert f"op was 'conv3d_transpose' and is '{op}'" in bench("compare", speed[1], path, status=2)
+
+
+@pytest.mark.parametrize(("suite", "only"), [("planes", "dcgan_4_b1"), ("groups", "depthwise_up,resnext_3")])
+@pytest.mark.parametrize("op", ["conv3d_transpose", "conv3d", "conv3d_backprop_filter"])
+def test_planes_and_groups(tmp_path, suite, only, op):
+    """Arrays of two spatial axes, and filters of groups."""
+    path = tmp_path / "result.json"
+    arguments = ("--suite", suite, "--only", only, "--quick", "--rounds", "1", "--workers", "1", "--json", path)
+    bench("run", "--op", op, "--against", "numpy", *arguments)
+    rows = rows_of(json.loads(path.read_text()))
+    assert len(rows) == 2 * len(only.split(","))
+    assert all(row["status"] == "ok" for row in rows.values())
+
+
 BAD = {
     "wrong_cell": ("wrong", r"1 of \d+ cells .* differ by more than 1e-05 of the largest, at most by 1\.0e-03"),
     "not_a_number": ("wrong", "1 of .* cells"),
@@ -229,6 +267,10 @@ def test_a_c_file(tmp_path):
         "run", "--against", f"{library}:direct", "--suite", "tiny", "--only", "odd", *QUICK, "--dtype", "float64"
     )
     assert "unsupported" in text
+    planes = ("--suite", "planes", "--only", "dcgan_4_b1", *QUICK)
+    assert re.search(r"dcgan_4_b1.* ms .*\d\.\d\d \(\d", bench("run", "--against", f"{library}:direct", *planes))
+    text = bench("run", "--against", f"{library}:direct", "--op", "conv3d", "--suite", "tiny", "--only", "odd", *QUICK)
+    assert "direct.so:direct was not measured: it has no conv3d" in text
     text = bench("run", "--against", f"{library}:indirect", "--suite", "tiny", "--only", "odd", *QUICK, status=2)
     assert "undefined symbol: indirect" in text
 
@@ -290,19 +332,47 @@ def test_plot(speed, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
-def test_vectors(tmp_path, layout):
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        ("conv3d_transpose", ("value", "filter")),
+        ("conv3d", ("input", "filter")),
+        ("conv3d_backprop_filter", ("input", "out_backprop")),
+    ],
+)
+def test_vectors(tmp_path, layout, op, names):
     """Files that say all there is to say: an engine that reads nothing else gets them right."""
-    bench("vectors", tmp_path, "--suite", "tiny", "--layout", layout)
+    bench("vectors", tmp_path, "--suite", "tiny", "--layout", layout, "--op", op)
     index = json.loads((tmp_path / "index.json").read_text())
     assert len(index["layers"]) == 6
+    assert index["op"] == op
     for layer in index["layers"]:
-        value, filter, result = (np.load(tmp_path / layer["files"][name]) for name in ("value", "filter", "result"))
-        assert result.dtype == np.float64
-        assert (value.dtype, list(value.shape)) == (np.float32, layer["value_shape"])
-        exact = oracle.conv3d_transpose(
-            value, filter, layer["output_shape"], layer["strides"], layer["padding"], layout, layer["dilations"]
-        )
+        arrays = {name: np.load(tmp_path / layer["files"][name]) for name in (*names, "result")}
+        assert all(list(array.shape) == layer[f"{name}_shape"] for name, array in arrays.items())
+        first, second, result = arrays.values()
+        assert (first.dtype, second.dtype, result.dtype) == (np.float32, np.float32, np.float64)
+        geometry = layer["strides"], layer["padding"], layout, layer["dilations"]
+        if op == "conv3d_transpose":
+            exact = oracle.conv3d_transpose(first, second, layer["result_shape"], *geometry)
+        elif op == "conv3d":
+            exact = oracle.conv3d(first, second, layer["input"], *geometry)
+        else:  # of one tap and pair of channels, all but which are zeros in a filter
+            one = np.zeros(result.shape)
+            one[..., 0, 1] = 1
+            exact = (oracle.conv3d(first, one, layer["input"], *geometry) * second).sum()
+            result = result[..., 0, 1].sum()
         assert np.allclose(result, exact, rtol=0, atol=1e-13 * layer["largest_result"])
+
+
+def test_calibrate():
+    """Every constant that is measured, beside the shipped one; the shipped ones stay."""
+    text = bench("calibrate", "--seconds", "0.1")
+    found = re.findall(r"(\w+) +│ +([\d.e+-]+) │ +([\d.e+-]+) │ +([\d.]+) │", text)
+    assert len(found) == 17
+    for name, shipped, measured, ratio in found:
+        assert float(shipped) == pytest.approx(getattr(cost, name), rel=0.005)
+        assert float(ratio) == pytest.approx(float(measured) / float(shipped), abs=0.006, rel=0.01)
+        assert float(measured) > 0 or name == "_SPILLED_VALUE_S"
 
 
 def test_latency_and_import():
@@ -315,10 +385,11 @@ def test_latency_and_import():
     ("arguments", "text"),
     [
         (["run", "--against", "scipy"], "scipy: no such contender; it is one of gemmconv, gemmconv:ALGORITHM, numpy"),
-        (["run", "--against", "gemmconv:fft"], "gemmconv has no algorithm 'fft', it has auto, "),
+        (["run", "--against", "gemmconv:fft"], "gemmconv has no conv3d_transpose algorithm 'fft', it has auto, "),
         (["run", "--against", "none.py:f"], "there is no file none.py"),
         (["run", "--against", "none.so:f"], "there is no file none.so"),
         (["run", "--only", "nothing"], "--only nothing: the suite models has nnunet_l2"),
+        (["run", "--op", "conv2d"], "invalid choice: 'conv2d'"),
         (["run", "--workers", "4096"], "--workers 4096: this process may use "),
         (["run", "--workers", "0"], "workers are at least 1"),
         (["run", "--confidence", "95"], "95 is no part of 1"),

@@ -1,5 +1,6 @@
 """What `python -m bench` is made of: geometry, the reference, statistics on toy numbers, processes, the schema."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -15,8 +16,8 @@ import gemmconv
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import contenders, environment, layers, process, reference, results, statistics  # noqa: E402
-from bench.contenders import own  # noqa: E402
+from bench import compare, contenders, environment, layers, process, reference, results, statistics  # noqa: E402
+from bench.contenders import own, roof  # noqa: E402
 from bench.statistics import Interval, Series  # noqa: E402
 
 SPEC = contenders.Spec("x", "file", str(ROOT / "tests/bench_contenders.py"), "right", "x")
@@ -28,41 +29,121 @@ def test_the_models_are_those_of_the_file():
     assert len(found) == len({layer.name for layer in found}) == 20
     assert all(layer.source for layer in found)
     by_name = {layer.name: layer for layer in found}
-    assert by_name["gan3d_g1"].output_shape() == (1, 4, 4, 4, 512)
-    assert by_name["brain_odd"].output_shape("NCDHW") == (1, 32, 37, 44, 37)
+    assert by_name["gan3d_g1"].result_shape() == (1, 4, 4, 4, 512)
+    assert by_name["brain_odd"].result_shape("NCDHW") == (1, 32, 37, 44, 37)
     assert by_name["dilated_256"].output == (12, 13, 13)
     assert by_name["k3s1_32"].flops() == 2 * 10 * 100 * 100 * 32 * 32 * 27
 
 
-@pytest.mark.parametrize("layer", [x for name in layers.SUITES for x in layers.suite(name)], ids=lambda x: x.name)
+def test_suites_of_planes_and_of_groups():
+    """Each layer with its source; grouped ones beside others of the same FLOPs."""
+    planes, groups = layers.suite("planes"), layers.suite("groups")
+    assert all(layer.source for layer in planes + groups)
+    assert {layer.rank for layer in planes} == {2}
+    by_name = {layer.name: layer for layer in planes + groups}
+    assert by_name["dcgan_1_b64"].result_shape("NCDHW") == (64, 512, 8, 8)
+    assert by_name["unet_up1"].shape("filter") == (2, 2, 512, 1024)
+    assert by_name["unet_up4"].volume().shape("coarse") == (1, 1, 196, 196, 128)
+    assert by_name["kb72_groups"].shape("filter") == (3, 5, 7, 16, 32)
+    for name in ("g4_16", "g4_32"):
+        assert len({by_name[name + twin].flops() for twin in ("", "_batch", "_dense")}) == 1
+    assert sum(layer.groups == layer.cin == layer.cout for layer in groups) == 2
+
+
+EVERY = [x for name in layers.SUITES for x in layers.suite(name)]
+
+
+@pytest.mark.parametrize("layer", EVERY, ids=lambda layer: layer.name)
 def test_geometry_is_the_contracts(layer):
     """Worked out twice: offsets, shapes, FLOPs and bytes are those of gemmconv's plan. JSON loses nothing."""
+    group = dataclasses.replace(
+        layer.volume(), cin=layer.cin // layer.groups, cout=layer.cout // layer.groups, groups=1
+    )
     plan = gemmconv.plan_conv3d_transpose(
-        layer.value_shape(), layer.filter_shape, layer.output_shape(), layer.strides, layer.padding, "NDHWC",
-        layer.dilations,
+        group.shape("coarse"), group.shape("filter"), group.result_shape(), group.strides, group.padding, "NDHWC",
+        group.dilations,
     )  # fmt: skip
-    axes = plan.problem.axes
+    axes = plan.problem.axes[3 - layer.rank :]
     assert layer.before == tuple(axis.lo for axis in axes)
     ends = tuple((a.coarse - 1) * a.stride + a.extent - a.lo - a.fine for a in axes)
     assert layer.behind == ends
-    assert (layer.flops(), layer.bytes()) == (plan.flops, plan.bytes_moved)
+    assert (layer.flops(), layer.bytes()) == (plan.flops * layer.groups, plan.bytes_moved * layer.groups)
     assert layers.Layer.from_dict(json.loads(json.dumps(layer.to_dict()))) == layer
 
 
-@pytest.mark.parametrize("layer", layers.tiny(), ids=lambda layer: layer.name)
+@pytest.mark.parametrize("layer", EVERY, ids=lambda layer: layer.name)
+def test_forward_twins_have_tensorflows_sizes(layer):
+    """The convolution of an array of the output's shape gives the input's, and pads as much in front."""
+    for n, o, k, s, lo in zip(layer.input, layer.output, layer.spans, layer.strides, layer.before, strict=True):
+        if layer.padding == "SAME":
+            assert n == -(-o // s)
+            assert lo == max(0, (n - 1) * s + k - o) // 2
+        else:
+            assert (n, lo) == (-(-(o - k + 1) // s), 0)
+    for op, shapes in (
+        ("conv3d", ("fine", "filter", "coarse")),
+        ("conv3d_backprop_filter", ("fine", "coarse", "filter")),
+    ):
+        twin = dataclasses.replace(layer, op=op)
+        assert twin.result_shape("NCDHW") == layer.shape(shapes[2], "NCDHW")
+        assert (twin.flops(), twin.bytes()) == (layer.flops(), layer.bytes())
+
+
+def by_oracle(layer, first, second):
+    """A transposed or forward convolution as the oracle has it, group by group, planes as volumes."""
+    found, volume = [], layer.volume()
+    arrays = [a.reshape(volume.shape(role)) for a, role in zip((first, second), layer.roles, strict=False)]
+    geometry = volume.strides, volume.padding, "NDHWC", volume.dilations
+    for parts in zip(*(np.split(array, layer.groups, -1) for array in arrays), strict=True):
+        if layer.op == "conv3d":
+            found.append(oracle.conv3d(*parts, volume.input, *geometry))
+        else:
+            shape = layer.batch, *volume.output, layer.cout // layer.groups
+            found.append(oracle.conv3d_transpose(*parts, shape, *geometry))
+    return np.concatenate(found, -1).reshape(layer.result_shape())
+
+
+SMALL = [
+    *layers.tiny(),
+    layers.make("plane", 2, [5, 4], 6, 4, [3, 2], [2, 3]),
+    layers.make("groups", 2, [2, 3, 4], 6, 9, 3, 2, groups=3),
+    layers.make("depthwise", 1, [4, 3], 5, 5, 3, [1, 2], groups=5, padding="VALID"),
+]
+
+
+@pytest.mark.parametrize("layer", SMALL, ids=lambda layer: layer.name)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
-def test_reference_and_obvious_are_right(layer, dtype):
+@pytest.mark.parametrize("op", layers.OPS)
+def test_reference_and_obvious_are_right(layer, dtype, op):
     """What contenders are compared with, and what ratios are taken against, are held to the oracle."""
-    value, filter = reference.operands(layer, dtype, seed=3)
-    exact = oracle.conv3d_transpose(
-        value, filter, layer.output_shape(), layer.strides, layer.padding, "NDHWC", layer.dilations
-    )
+    layer = dataclasses.replace(layer, op=op)
+    first, second = reference.operands(layer, dtype, seed=3)
     found = reference.reference(layer, dtype, seed=3)
-    largest = np.abs(exact).max()
-    assert np.abs(found - exact).max() <= 1e-14 * largest
-    assert np.abs(own.obvious(layer, value, filter) - exact).max() <= reference.BOUNDS[dtype] / 5 * largest
+    assert found.shape == layer.result_shape()
+    largest = np.abs(found).max()
+    if op == "conv3d_backprop_filter":  # by its definition: what a change of the filter changes in sum(conv3d * second)
+        rng = np.random.default_rng(4)
+        for change in rng.integers(-8, 9, (3, *layer.shape("filter"))):
+            moved = by_oracle(dataclasses.replace(layer, op="conv3d"), first, change) * second
+            assert abs((found * change).sum() - moved.sum()) <= 1e-13 * np.abs(moved).sum()
+    else:
+        assert np.abs(found - by_oracle(layer, first, second)).max() <= 1e-14 * largest
+    assert np.abs(own.obvious(layer, first, second) - found).max() <= reference.BOUNDS[dtype] / 5 * largest
     other, _ = reference.operands(layer, dtype, "NCDHW", seed=3)
-    assert np.array_equal(np.moveaxis(other, 1, -1), value)
+    assert np.array_equal(np.moveaxis(other, 1, -1), first)
+
+
+def test_roofs_are_the_products_of_an_operation():
+    """Those of one group, with the long sizes cut."""
+    layer = layers.make("x", 1, 16, 96, 64, 3, groups=2)
+    asked = {op: roof.sizes(dataclasses.replace(layer, op=op)) for op in layers.OPS}
+    assert asked == {
+        "conv3d_transpose": (1024, 27 * 32, 48),
+        "conv3d": (1024, 48, 27 * 32),
+        "conv3d_backprop_filter": (27 * 32, 48, 1024),
+    }
+    for op in layers.OPS:
+        roof.products(5, 4, 3, np.dtype(np.float32), 1, op)()
 
 
 def test_sweep_changes_one_size_at_a_time():
@@ -169,6 +250,17 @@ def test_contenders_are_read():
     assert [spec.kind for spec in specs] == ["gemmconv"] * 3 + ["numpy", "module", "file"]
 
 
+def test_contenders_have_operations_or_say_not():
+    """ONNX has no operator for the filter's gradient, the C interface is of one operation; algorithms differ."""
+    engine, library = contenders.Spec("", "openvino", "", "", ""), contenders.Spec("", "library", "", "", "")
+    assert engine.missing("conv3d_backprop_filter") == "it has no conv3d_backprop_filter"
+    assert "it has" not in engine.missing("conv3d")
+    assert (library.missing("conv3d_transpose"), library.missing("conv3d")) == ("", "it has no conv3d")
+    assert contenders.parse("gemmconv:im2col", "conv3d").what == "im2col"
+    with pytest.raises(ValueError, match="gemmconv has no conv3d_transpose algorithm 'im2col', it has auto, col2im, "):
+        contenders.parse("gemmconv:im2col")
+
+
 def test_environment_of_contenders():
     """Kernel choosers go, unless kept; threads are set whatever was."""
     given = {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_L2_SIZE": "512", "OMP_NUM_THREADS": "9", "OTHER": "1"}
@@ -232,6 +324,14 @@ def test_what_is_no_result_is_refused(tmp_path, changes, text):
         results.read(path)
     with pytest.raises(ValueError, match="Out of range float"):
         results.write(document(rows=[math.nan]), path)
+
+
+def test_results_of_different_operations_are_not_compared():
+    """A result that names none is of the transposed convolution, as the first were."""
+    old = document(kind="speed")
+    new, other = (document(kind="speed", settings={"op": op}) for op in ("conv3d_transpose", "conv3d"))
+    assert compare.differences(old, new) == []
+    assert compare.differences(old, other) == ["op was 'conv3d_transpose' and is 'conv3d'"]
 
 
 def test_the_fastest_framework_of_each_layer_is_found():
