@@ -106,7 +106,7 @@ def steps(best_s: BestS, threads: int) -> dict[str, float]:
 
 def additions(best_s: BestS, cached: int) -> dict[str, float]:
     """A value and an inner loop, long and short, and values that are apart on both sides."""
-    found = {}
+    found: dict[str, float] = {}
     for names, runs, buffer in (
         (("_VALUE_S", "_RUN_S"), RUNS, cost.SMALLEST_BUFFER),
         (("_BUFFERED_VALUE_S", "_BUFFERED_RUN_S"), SHORT_RUNS, np.getbufsize()),

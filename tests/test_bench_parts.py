@@ -25,7 +25,7 @@ SPEC = contenders.Spec("x", "file", str(ROOT / "tests/bench_contenders.py"), "ri
 
 def test_the_models_are_those_of_the_file():
     """Twenty of them, each with a source."""
-    found = layers.models()
+    found = layers.suite("models")
     assert len(found) == len({layer.name for layer in found}) == 20
     assert all(layer.source for layer in found)
     by_name = {layer.name: layer for layer in found}

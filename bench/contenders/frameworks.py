@@ -37,11 +37,11 @@ class Torch(Contender):
         last = "channels_last_3d" if job.layer.rank == 3 else "channels_last"
         formats = {"contiguous": torch.contiguous_format, last: getattr(torch, last)}
 
-        def made(chosen: tuple[str, str]) -> list[Any]:
+        def made(chosen: tuple[str, ...]) -> list[Any]:
             arrays = zip(job.operands("NCDHW", onnx=True), chosen, strict=True)
             return [torch.from_numpy(a).contiguous(memory_format=formats[name]) for a, name in arrays]
 
-        def end_to_end(chosen: tuple[str, str]) -> Array:
+        def end_to_end(chosen: tuple[str, ...]) -> Array:
             with torch.inference_mode():
                 return packed(job.posed(run(*made(chosen)).numpy(), "NCDHW", onnx=True))
 
