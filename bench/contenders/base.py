@@ -11,8 +11,6 @@ import numpy as np
 from bench.layers import FILTER_GRADIENT, TRANSPOSE, Layer
 from bench.reference import Array, relaid
 
-NO_GROUPS = "TensorFlow's conv3d_transpose has no groups"
-
 
 class Unsupported(Exception):  # noqa: N818 - not an error of anyone
     """A contender cannot do what was asked, by its documentation: said in the results, not counted as a failure."""
@@ -88,7 +86,7 @@ def signature(job: Job) -> tuple[list[Any], dict[str, Any]]:
     """
     layer = job.layer
     if layer.groups > 1 and layer.op == TRANSPOSE:
-        raise Unsupported(NO_GROUPS)
+        raise Unsupported("TensorFlow's conv3d_transpose has no groups")
     options = {
         "strides": layer.strides,
         "padding": layer.padding,

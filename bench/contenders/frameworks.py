@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.contenders.base import NO_GROUPS, Call, Contender, Job, Unsupported, only_float32, packed
+from bench.contenders.base import Call, Contender, Job, Unsupported, only_float32, packed
 from bench.layers import CONV, TRANSPOSE, Layer
 from bench.reference import Array
 
@@ -121,8 +121,8 @@ class TensorFlow(Contender):
 
         only_float32(job, "float64")
         layer, layout = job.layer, job.format("NDHWC")
-        if layer.groups > 1 and layer.op == TRANSPOSE:
-            raise Unsupported(NO_GROUPS)
+        if layer.groups > 1 and (layer.op, layer.rank) != (CONV, 2):
+            raise Unsupported("on a CPU it has groups of conv2d only")
         steps, dilations = [1, *layer.strides, 1], [1, *layer.dilations, 1]
         gradients = {3: tf.raw_ops.Conv3DBackpropFilterV2, 2: tf.raw_ops.Conv2DBackpropFilter}
 
