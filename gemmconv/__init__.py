@@ -1,4 +1,4 @@
-"""3-D transposed convolutions as matrix products: GEMM into a column buffer, col2im into the output.
+"""Transposed convolutions and their kin as matrix products: GEMM into a column buffer, col2im into the output.
 
 >>> import numpy as np
 >>> import gemmconv
@@ -8,8 +8,19 @@
 (1, 8, 8, 8, 5)
 """
 
+from gemmconv.columns import col2im, im2col
 from gemmconv.config import show_config
-from gemmconv.nn import conv3d_transpose, plan_conv3d_transpose
+from gemmconv.nn import (
+    conv1d,
+    conv1d_transpose,
+    conv2d,
+    conv2d_transpose,
+    conv3d,
+    conv3d_backprop_filter_v2,
+    conv3d_transpose,
+    conv_transpose,
+    plan_conv3d_transpose,
+)
 from gemmconv.plan import Plan, clear_cache
 from gemmconv.profile import profile
 from gemmconv.threads import get_workers, set_workers
@@ -19,8 +30,17 @@ __version__ = "0.1.0"
 __all__ = [
     "Plan",
     "clear_cache",
+    "col2im",
+    "conv1d",
+    "conv1d_transpose",
+    "conv2d",
+    "conv2d_transpose",
+    "conv3d",
+    "conv3d_backprop_filter_v2",
     "conv3d_transpose",
+    "conv_transpose",
     "get_workers",
+    "im2col",
     "plan_conv3d_transpose",
     "profile",
     "set_workers",

@@ -18,26 +18,34 @@ _PYTHON_NUMBERS = (int, float, complex)
 _NATIVE = frozenset(np.dtype(name) for name in SUPPORTED if name != "bfloat16")
 
 
-def operands(function: str, value: Any, filter: Any) -> tuple[Array, Array, np.dtype[Any]]:
+def operands(
+    function: str, first: Any, second: Any, names: tuple[str, str] = ("value", "filter")
+) -> tuple[Array, Array, np.dtype[Any]]:
     """Return both operands as arrays, unconverted, and the dtype of the result: `np.result_type` of the two.
 
     Nested lists of Python numbers take the other operand's dtype; two of them give float32, complex64 if complex.
     """
-    value_array, value_is_weak = _array(function, "value", value)
-    filter_array, filter_is_weak = _array(function, "filter", filter)
-    if value_is_weak and filter_is_weak:
-        is_complex = "c" in (value_array.dtype.kind, filter_array.dtype.kind)
+    given = (first, second)
+    found = [_array(function, name, operand) for name, operand in zip(names, given, strict=True)]
+    if all(is_weak for _, is_weak in found):
+        is_complex = any(array.dtype.kind == "c" for array, _ in found)
         dtype = np.dtype(np.complex64 if is_complex else np.float32)
-        return _weak(function, "value", value, dtype), _weak(function, "filter", filter, dtype), dtype
-    if value_is_weak:
-        dtype = _supported(function, "filter", filter_array)
-        value_array = _weak(function, "value", value, _with_kind(dtype, value_array))
-    elif filter_is_weak:
-        dtype = _supported(function, "value", value_array)
-        filter_array = _weak(function, "filter", filter, _with_kind(dtype, filter_array))
-    else:
-        dtype = _supported(function, "value", value_array)
-    return value_array, filter_array, common(function, value_array, filter_array)
+        x, w = (_weak(function, name, operand, dtype) for name, operand in zip(names, given, strict=True))
+        return x, w, dtype
+    one, other = (array for array, _ in found)
+    if found[0][1]:
+        one = _weak(function, names[0], first, _with_kind(_supported(function, names[1], other), one))
+    elif found[1][1]:
+        other = _weak(function, names[1], second, _with_kind(_supported(function, names[0], one), other))
+    return one, other, common(function, one, other, names)
+
+
+def single(function: str, name: str, given: Any) -> Array:
+    """Return a function's only operand as an array of a native dtype: float32 for nested lists of Python numbers."""
+    array, is_weak = _array(function, name, given)
+    if is_weak:
+        return _weak(function, name, given, _with_kind(np.dtype(np.float32), array))
+    return array.astype(_supported(function, name, array), copy=False, subok=False)
 
 
 def operand(function: str, name: str, given: Any, dtype: np.dtype[Any]) -> Array:
@@ -52,14 +60,14 @@ def operand(function: str, name: str, given: Any, dtype: np.dtype[Any]) -> Array
     return array
 
 
-def common(function: str, value: Array, filter: Array) -> np.dtype[Any]:
+def common(function: str, first: Array, second: Array, names: tuple[str, str] = ("value", "filter")) -> np.dtype[Any]:
     """Return the dtype of the result for two arrays."""
-    dtypes = _supported(function, "value", value), _supported(function, "filter", filter)
+    dtypes = _supported(function, names[0], first), _supported(function, names[1], second)
     if dtypes[0] == dtypes[1]:
         return dtypes[0]
     if {dtype.name for dtype in dtypes} == {"float16", "bfloat16"}:
         raise TypeError(
-            f"{function}: value of {dtypes[0]} and filter of {dtypes[1]} have no common dtype; "
+            f"{function}: {names[0]} of {dtypes[0]} and {names[1]} of {dtypes[1]} have no common dtype; "
             "convert both to one, for example with .astype(np.float32)"
         )
     return np.result_type(*dtypes)

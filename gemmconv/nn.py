@@ -90,16 +90,12 @@ def conv3d_transpose(
     >>> conv3d_transpose(x, w, [1, 1, 1, 4, 1], strides=(1, 1, 2)).ravel()
     array([  1.,  10., 102.,  20.], dtype=float32)
     """
-    function = "conv3d_transpose"
-    x, w, dtype = arrays.operands(
-        function,
-        _one_given(function, "value", value, "input", input),
-        _one_given(function, "filter", filter, "filters", filters),
+    value = _one_given("conv3d_transpose", "value", value, "input", input)
+    filter = _one_given("conv3d_transpose", "filter", filter, "filters", filters)
+    how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
+    return _transposed(
+        3, "conv3d_transpose", value, filter, output_shape, strides, padding, data_format, dilations, **how
     )
-    asked = problem.conv3d_transpose_problem(
-        x.shape, w.shape, output_shape, strides, padding, data_format, dilations, dtype, function=function
-    )
-    return calls.compute(function, asked, x, w, out=out, algorithm=algorithm, workers=workers)
 
 
 def plan_conv3d_transpose(
@@ -168,6 +164,502 @@ def plan_conv3d_transpose(
         function=function,
     )
     return calls.plan(function, asked, algorithm, workers)
+
+
+def conv3d(
+    input: Any,
+    filter: Any = None,
+    strides: Any = None,
+    padding: str | None = None,
+    data_format: str | None = "NDHWC",
+    dilations: Any = (1, 1, 1, 1, 1),
+    name: str | None = None,
+    filters: Any = None,
+    *,
+    out: np.ndarray[Any, Any] | None = None,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> np.ndarray[Any, Any]:
+    """3-D convolution, in the sense of cross-correlation: `tf.compat.v1.nn.conv3d`.
+
+    With z = `input` [N, D, H, W, Cin] and w = `filter` [kd, kh, kw, Cin, Cout], for every position i of the result, on
+    each of the three axes::
+
+        y[b, i, co] = sum over taps a and channels ci of z[b, i*stride + a*dilation - lo, ci] * w[a, ci, co]
+
+    Terms outside the input are zero. With n input positions and K = (k-1)*dilation + 1, 'SAME' gives ceil(n/stride)
+    positions and lo = max(0, (ceil(n/stride)-1)*stride + K - n) // 2, 'VALID' max(0, ceil((n-K+1)/stride)) and lo = 0.
+
+    Parameters
+    ----------
+    input : array_like, 5-D
+        In `data_format` order: [N, D, H, W, Cin] or [N, Cin, D, H, W].
+    filter : array_like, 5-D
+        [kd, kh, kw, Cin, Cout], whatever the layout. With [kd, kh, kw, Cin/groups, Cout] the convolution is grouped:
+        each group of the output channels sees one group of the input's.
+    strides : int or sequence of 1, 3 or 5 ints
+        As in `conv3d_transpose`; required.
+    padding : {'SAME', 'VALID'}
+        Required.
+    data_format, dilations, name
+        As in `conv3d_transpose`.
+    filters : array_like, optional
+        Another name for `filter`.
+    out, workers
+        As in `conv3d_transpose`.
+    algorithm : {'auto', 'im2col', 'kn2row', 'winograd'}
+        As in `conv3d_transpose`; 'im2col' can do every problem.
+
+    Returns
+    -------
+    ndarray
+        `out`, or a new C-contiguous array in `data_format` order; its dtype as in `conv3d_transpose`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d_transpose`.
+
+    References
+    ----------
+    TensorFlow 2.21, ``tf.compat.v1.nn.conv3d``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmconv import conv3d
+    >>> z = np.array([1, 2, 3, 4, 5], np.float32).reshape(1, 1, 1, 5, 1)
+    >>> w = np.array([1, 10, 100], np.float32).reshape(1, 1, 3, 1, 1)
+    >>> conv3d(z, w, strides=(1, 1, 2), padding="SAME").ravel()
+    array([210., 432.,  54.], dtype=float32)
+    """
+    function = "conv3d"
+    filter = _one_given(function, "filter", filter, "filters", filters)
+    how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
+    _required(function, "strides", strides)
+    return _convolved(3, function, input, filter, strides, padding, data_format, dilations, **how)
+
+
+def conv3d_backprop_filter_v2(
+    input: Any,
+    filter_sizes: Any,
+    out_backprop: Any,
+    strides: Any,
+    padding: str,
+    data_format: str | None = "NDHWC",
+    dilations: Any = (1, 1, 1, 1, 1),
+    name: str | None = None,
+    *,
+    out: np.ndarray[Any, Any] | None = None,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> np.ndarray[Any, Any]:
+    """The gradient of `conv3d` with respect to the filter: `tf.raw_ops.Conv3DBackpropFilterV2`.
+
+    With z = `input`, g = `out_backprop` and lo as in `conv3d`::
+
+        w[a, ci, co] = sum over b and positions i of z[b, i*stride + a*dilation - lo, ci] * g[b, i, co]
+
+    It is the gradient of `conv3d_transpose` as well: give that one's gradient as `input`, its value as `out_backprop`.
+
+    Parameters
+    ----------
+    input : array_like, 5-D
+        What was convolved, in `data_format` order.
+    filter_sizes : sequence of 5 ints
+        The filter's shape: [kd, kh, kw, Cin, Cout], or [kd, kh, kw, Cin/groups, Cout].
+    out_backprop : array_like, 5-D
+        The gradient of the convolution's result, in that one's shape.
+    strides, padding, data_format, dilations, name
+        Those of the convolution; strides and padding are required.
+    out, workers
+        As in `conv3d_transpose`.
+    algorithm : {'auto', 'im2col'}
+
+    Returns
+    -------
+    ndarray
+        `out`, or a new C-contiguous array of shape `filter_sizes`; its dtype as in `conv3d_transpose`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d_transpose`; also if `out_backprop` does not have the size that the rule of `conv3d` gives.
+
+    References
+    ----------
+    TensorFlow 2.21, ``tf.raw_ops.Conv3DBackpropFilterV2``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmconv import conv3d_backprop_filter_v2
+    >>> z = np.array([1, 2, 3, 4, 5], np.float32).reshape(1, 1, 1, 5, 1)
+    >>> g = np.array([1, 10, 100], np.float32).reshape(1, 1, 1, 3, 1)
+    >>> conv3d_backprop_filter_v2(z, [1, 1, 3, 1, 1], g, (1, 1, 2), "SAME").ravel()
+    array([420., 531.,  42.], dtype=float32)
+    """
+    function = "conv3d_backprop_filter_v2"
+    _required(function, "strides", strides)
+    z, g, dtype = arrays.operands(function, input, out_backprop, ("input", "out_backprop"))
+    asked = problem.conv3d_backprop_filter_problem(
+        z.shape, filter_sizes, g.shape, strides, padding, data_format, dilations, dtype, function=function
+    )
+    return calls.compute(function, asked, z, g, out=out, algorithm=algorithm, workers=workers)
+
+
+def conv2d_transpose(
+    value: Any = None,
+    filter: Any = None,
+    output_shape: Any = None,
+    strides: Any = None,
+    padding: Any = "SAME",
+    data_format: str | None = "NHWC",
+    name: str | None = None,
+    input: Any = None,
+    filters: Any = None,
+    dilations: Any = None,
+    *,
+    out: np.ndarray[Any, Any] | None = None,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> np.ndarray[Any, Any]:
+    """`conv3d_transpose` in two dimensions, with explicit paddings: `tf.compat.v1.nn.conv2d_transpose`.
+
+    Parameters
+    ----------
+    value, input : array_like, 4-D
+        [N, H, W, Cin] or [N, Cin, H, W]; one of the two names.
+    filter, filters : array_like, 4-D
+        [kh, kw, Cout, Cin]; one of the two names.
+    output_shape : sequence of 4 ints, optional
+        As in `conv3d_transpose`. With explicit paddings (n-1)*stride + K - before - after is the smallest size on an
+        axis, and the largest is stride - 1 more. None infers (n-1)*stride + max(stride, K) - before - after, at most
+        the largest.
+    strides, dilations : int or sequence of 1, 2 or 4 ints, optional
+    padding : {'SAME', 'VALID'} or sequence of 4 pairs of ints
+        Pairs are positions cut off before and after, for each axis of `data_format`, [0, 0] for N and C.
+    data_format : {'NHWC', 'NCHW'}, optional
+    name, out, algorithm, workers
+        As in `conv3d_transpose`.
+
+    Returns
+    -------
+    ndarray
+        As from `conv3d_transpose`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d_transpose`.
+
+    References
+    ----------
+    TensorFlow 2.21, ``tf.compat.v1.nn.conv2d_transpose``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmconv import conv2d_transpose
+    >>> x, w = np.ones((1, 8, 8, 3), np.float32), np.ones((4, 4, 5, 3), np.float32)
+    >>> conv2d_transpose(x, w, strides=2, padding=[[0, 0], [1, 1], [1, 1], [0, 0]]).shape
+    (1, 16, 16, 5)
+    """
+    function = "conv2d_transpose"
+    value = _one_given(function, "value", value, "input", input)
+    filter = _one_given(function, "filter", filter, "filters", filters)
+    how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
+    return _transposed(2, function, value, filter, output_shape, strides, padding, data_format, dilations, **how)
+
+
+def conv1d_transpose(
+    input: Any,
+    filters: Any,
+    output_shape: Any,
+    strides: Any,
+    padding: str = "SAME",
+    data_format: str | None = "NWC",
+    dilations: Any = None,
+    name: str | None = None,
+    *,
+    out: np.ndarray[Any, Any] | None = None,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> np.ndarray[Any, Any]:
+    """`conv3d_transpose` in one dimension: `tf.compat.v1.nn.conv1d_transpose`.
+
+    Parameters
+    ----------
+    input : array_like, 3-D
+        [N, W, Cin] or [N, Cin, W].
+    filters : array_like, 3-D
+        [kw, Cout, Cin].
+    output_shape : sequence of 3 ints or None
+        As in `conv3d_transpose`.
+    strides, dilations : int or sequence of 1 or 3 ints, or None
+    padding : {'SAME', 'VALID'}
+    data_format : {'NWC', 'NCW'}, optional
+    name, out, algorithm, workers
+        As in `conv3d_transpose`.
+
+    Returns
+    -------
+    ndarray
+        As from `conv3d_transpose`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d_transpose`.
+
+    References
+    ----------
+    TensorFlow 2.21, ``tf.compat.v1.nn.conv1d_transpose``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmconv import conv1d_transpose
+    >>> x = np.array([1, 2], np.float32).reshape(1, 2, 1)
+    >>> w = np.array([1, 10, 100], np.float32).reshape(3, 1, 1)
+    >>> conv1d_transpose(x, w, [1, 4, 1], 2).ravel()
+    array([  1.,  10., 102.,  20.], dtype=float32)
+    """
+    how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
+    names = ("input", "filters")
+    return _transposed(
+        1, "conv1d_transpose", input, filters, output_shape, strides, padding, data_format, dilations, names, **how
+    )
+
+
+def conv_transpose(
+    input: Any,
+    filters: Any,
+    output_shape: Any,
+    strides: Any,
+    padding: Any = "SAME",
+    data_format: str | None = None,
+    dilations: Any = None,
+    name: str | None = None,
+    *,
+    out: np.ndarray[Any, Any] | None = None,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> np.ndarray[Any, Any]:
+    """The transposed convolution in as many dimensions as `output_shape` has: `tf.nn.conv_transpose`.
+
+    Parameters
+    ----------
+    input, filters : array_like, 3-D to 5-D
+        As in `conv1d_transpose`, `conv2d_transpose` or `conv3d_transpose`.
+    output_shape : sequence of 3, 4 or 5 ints
+        The whole shape of the result; its length says which of the three is meant.
+    strides, padding, data_format, dilations
+        As in that one. A `data_format` of None is channels last.
+    name, out, algorithm, workers
+        As in `conv3d_transpose`.
+
+    Returns
+    -------
+    ndarray
+        As from `conv3d_transpose`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d_transpose`.
+
+    References
+    ----------
+    TensorFlow 2.21, ``tf.nn.conv_transpose``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmconv import conv_transpose
+    >>> conv_transpose(np.ones((1, 4, 4, 3)), np.ones((2, 2, 5, 3)), [1, 8, 8, 5], 2).shape
+    (1, 8, 8, 5)
+    """
+    function = "conv_transpose"
+    shape = problem.integers(f"{function}: output_shape", output_shape)
+    if len(shape) not in (3, 4, 5):
+        raise ValueError(f"{function}: output_shape must be of length 3, 4 or 5, got {len(shape)}: {list(shape)}")
+    how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
+    names = ("input", "filters")
+    return _transposed(
+        len(shape) - 2, function, input, filters, shape, strides, padding, data_format, dilations, names, **how
+    )
+
+
+def conv2d(
+    input: Any,
+    filter: Any = None,
+    strides: Any = None,
+    padding: Any = None,
+    use_cudnn_on_gpu: bool | None = True,
+    data_format: str | None = "NHWC",
+    dilations: Any = (1, 1, 1, 1),
+    name: str | None = None,
+    filters: Any = None,
+    *,
+    out: np.ndarray[Any, Any] | None = None,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> np.ndarray[Any, Any]:
+    """`conv3d` in two dimensions, with explicit paddings: `tf.compat.v1.nn.conv2d`.
+
+    Parameters
+    ----------
+    input : array_like, 4-D
+        [N, H, W, Cin] or [N, Cin, H, W].
+    filter, filters : array_like, 4-D
+        [kh, kw, Cin, Cout], or [kh, kw, Cin/groups, Cout] for groups; one of the two names.
+    strides, dilations : int or sequence of 1, 2 or 4 ints, optional
+    padding : {'SAME', 'VALID'} or sequence of 4 pairs of ints
+        Required. Pairs are zeros before and after, for each axis of `data_format`, [0, 0] for N and C; then an axis has
+        max(0, ceil((n + before + after - K + 1)/stride)) positions.
+    use_cudnn_on_gpu : bool, optional
+        Accepted for compatibility, without effect.
+    data_format : {'NHWC', 'NCHW'}, optional
+    name, out, algorithm, workers
+        As in `conv3d`.
+
+    Returns
+    -------
+    ndarray
+        As from `conv3d`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d`.
+
+    References
+    ----------
+    TensorFlow 2.21, ``tf.compat.v1.nn.conv2d``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmconv import conv2d
+    >>> z, w = np.ones((1, 16, 16, 6), np.float32), np.ones((4, 4, 2, 9), np.float32)  # three groups
+    >>> conv2d(z, w, 2, [[0, 0], [1, 1], [1, 1], [0, 0]]).shape
+    (1, 8, 8, 9)
+    """
+    filter = _one_given("conv2d", "filter", filter, "filters", filters)
+    how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
+    return _convolved(2, "conv2d", input, filter, strides, padding, data_format, dilations, **how)
+
+
+def conv1d(
+    value: Any = None,
+    filters: Any = None,
+    stride: Any = None,
+    padding: str | None = None,
+    use_cudnn_on_gpu: bool | None = None,
+    data_format: str | None = None,
+    name: str | None = None,
+    input: Any = None,
+    dilations: Any = None,
+    *,
+    out: np.ndarray[Any, Any] | None = None,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> np.ndarray[Any, Any]:
+    """`conv3d` in one dimension: `tf.compat.v1.nn.conv1d`.
+
+    Parameters
+    ----------
+    value, input : array_like, 3-D
+        [N, W, Cin] or [N, Cin, W]; one of the two names.
+    filters : array_like, 3-D
+        [kw, Cin, Cout], or [kw, Cin/groups, Cout] for groups.
+    stride, dilations : int or sequence of 1 or 3 ints, optional
+    padding : {'SAME', 'VALID'}
+        Required.
+    use_cudnn_on_gpu : bool, optional
+        Accepted for compatibility, without effect.
+    data_format : {'NWC', 'NCW'}, optional
+    name, out, algorithm, workers
+        As in `conv3d`.
+
+    Returns
+    -------
+    ndarray
+        As from `conv3d`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d`.
+
+    References
+    ----------
+    TensorFlow 2.21, ``tf.compat.v1.nn.conv1d``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmconv import conv1d
+    >>> z = np.array([1, 2, 3, 4, 5], np.float32).reshape(1, 5, 1)
+    >>> w = np.array([1, 10, 100], np.float32).reshape(3, 1, 1)
+    >>> conv1d(z, w, 2, "VALID").ravel()
+    array([321., 543.], dtype=float32)
+    """
+    function = "conv1d"
+    value = _one_given(function, "value", value, "input", input)
+    _required(function, "filters", filters)
+    how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
+    names = ("value", "filters", "stride")
+    return _convolved(1, function, value, filters, stride, padding, data_format, dilations, names, **how)
+
+
+def _transposed(
+    rank: int,
+    function: str,
+    value: Any,
+    filter: Any,
+    output_shape: Any,
+    strides: Any,
+    padding: Any,
+    data_format: Any,
+    dilations: Any,
+    names: tuple[str, str] = ("value", "filter"),
+    **how: Any,
+) -> np.ndarray[Any, Any]:
+    """Compute a transposed convolution in `rank` dimensions; `names` are the operands' for the caller."""
+    x, w, dtype = arrays.operands(function, value, filter, names)
+    shapes = x.shape, w.shape, output_shape
+    asked = problem.conv3d_transpose_problem(
+        *shapes, strides, padding, data_format, dilations, dtype, function=function, names=names, rank=rank
+    )
+    return calls.compute(function, asked, x, w, rank=rank, **how)
+
+
+def _convolved(
+    rank: int,
+    function: str,
+    input: Any,
+    filter: Any,
+    strides: Any,
+    padding: Any,
+    data_format: Any,
+    dilations: Any,
+    names: tuple[str, str, str] = ("input", "filter", "strides"),
+    **how: Any,
+) -> np.ndarray[Any, Any]:
+    """Compute a convolution in `rank` dimensions; `names` are the caller's, of the operands and the strides."""
+    z, w, dtype = arrays.operands(function, input, filter, names[:2])
+    asked = problem.conv3d_problem(
+        z.shape, w.shape, strides, padding, data_format, dilations, dtype, function=function, names=names, rank=rank
+    )
+    return calls.compute(function, asked, z, w, rank=rank, **how)
+
+
+def _required(function: str, name: str, given: Any) -> None:
+    """Refuse None where TensorFlow has it as a default only because of the order of its arguments."""
+    if given is None:
+        raise TypeError(f"{function}: {name!r} is required, got None")
 
 
 def _one_given(function: str, name: str, given: Any, alias: str, other: Any) -> Any:

@@ -19,8 +19,11 @@ from typing import Any, Literal
 import numpy as np
 
 SPATIAL = ("depth", "height", "width")
-LAYOUTS = ("NDHWC", "NCDHW")
+# By the number of spatial axes; the first of each is the default.
+LAYOUTS = {1: ("NWC", "NCW"), 2: ("NHWC", "NCHW"), 3: ("NDHWC", "NCDHW")}
 PADDINGS = ("SAME", "VALID")
+# Of one axis: a word, or the positions before and after.
+Padding = str | tuple[int, int]
 Role = Literal["coarse", "fine", "filter"]
 # First operand, second operand, result.
 OPERATIONS: dict[str, tuple[Role, Role, Role]] = {
@@ -171,26 +174,53 @@ def extent(kernel: int, dilation: int) -> int:
 
 
 def in_layout(layout: str, batch: int, spatial: Sequence[int], channels: int) -> tuple[int, ...]:
-    """Return batch, three spatial sizes and channels in the layout's order."""
-    return (batch, *spatial, channels) if layout == "NDHWC" else (batch, channels, *spatial)
+    """Return batch, spatial sizes and channels in the layout's order."""
+    return (batch, *spatial, channels) if layout.endswith("C") else (batch, channels, *spatial)
 
 
-def reachable(coarse: int, kernel: int, stride: int, dilation: int, padding: str) -> tuple[int, int]:
-    """Return the smallest and the largest fine size of an axis: TensorFlow's rule for conv3d, inverted."""
-    span = extent(kernel, dilation)
+def spatial_part(layout: str, items: Sequence[Any]) -> tuple[Any, ...]:
+    """Return those of the items, one for each axis of the layout, that belong to spatial axes."""
+    return tuple(items[1:-1] if layout.endswith("C") else items[2:])
+
+
+def _cut(padding: Padding) -> int:
+    """Return the positions that are taken away whatever the sizes."""
+    return 0 if isinstance(padding, str) else sum(padding)
+
+
+def gathered(fine: int, kernel: int, stride: int, dilation: int, padding: Padding) -> int:
+    """Return the coarse size of an axis: TensorFlow's rule for convolutions."""
+    if padding == "SAME":
+        return -(-fine // stride)
+    return max(0, (fine + _cut(padding) - extent(kernel, dilation)) // stride + 1)
+
+
+def reachable(coarse: int, kernel: int, stride: int, dilation: int, padding: Padding) -> tuple[int, int]:
+    """Return the smallest and the largest fine size of an axis: the same rule, inverted. There may be none."""
+    span = extent(kernel, dilation) - _cut(padding)
     if coarse == 0:
         return (0, 0) if padding == "SAME" else (0, max(0, span - 1))
     if padding == "SAME":
         return (coarse - 1) * stride + 1, coarse * stride
-    return (coarse - 1) * stride + span, coarse * stride + span - 1
+    return max(0, (coarse - 1) * stride + span), coarse * stride + span - 1
 
 
-def inferred(coarse: int, kernel: int, stride: int, dilation: int, padding: str) -> int:
+def inferred(coarse: int, kernel: int, stride: int, dilation: int, padding: Padding) -> int:
     """Return the fine size taken where the caller names none; for a kernel of 1 or more it is Keras'."""
     largest = reachable(coarse, kernel, stride, dilation, padding)[1]
     if padding == "SAME":
         return coarse * stride
-    return max(0, min((coarse - 1) * stride + max(stride, extent(kernel, dilation)), largest))
+    whole = (coarse - 1) * stride + max(stride, extent(kernel, dilation))
+    return max(0, min(whole - _cut(padding), largest))
+
+
+def axis_of(coarse: int, fine: int, kernel: int, stride: int, dilation: int, padding: Padding) -> Axis:
+    """Return the relation of two sizes that belong together; 'SAME' has the smaller half of its padding before."""
+    if padding == "SAME":
+        lo = max(0, (coarse - 1) * stride + extent(kernel, dilation) - fine) // 2
+    else:
+        lo = 0 if isinstance(padding, str) else padding[0]
+    return Axis(coarse, fine, kernel, stride, dilation, lo)
 
 
 def integer(text: str, value: Any) -> int:
@@ -216,43 +246,94 @@ def integers(text: str, values: Any) -> tuple[int, ...]:
     return tuple(integer(f"{text}[{i}]", item) for i, item in enumerate(items))
 
 
-def steps(function: str, name: str, value: Any, layout: str) -> tuple[int, int, int]:
-    """Return strides or dilations, given in any of TensorFlow's forms, as (depth, height, width)."""
-    text = f"{function}: {name}"
+def steps(function: str, name: str, value: Any, layout: str) -> tuple[int, ...]:
+    """Return strides or dilations, given in any of TensorFlow's forms, one for each spatial axis."""
+    text, rank = f"{function}: {name}", len(layout) - 2
     if value is None:
-        return 1, 1, 1
+        return (1,) * rank
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, str | bytes) or not hasattr(value, "__getitem__") or isinstance(value, np.generic):
         numbers: tuple[int, ...] = (integer(text, value),)
     else:
         numbers = integers(text, value)
-    if len(numbers) not in (1, 3, 5):
+    if len(numbers) not in (1, rank, rank + 2):
+        lengths = f"1, {rank} or {rank + 2}" if rank > 1 else "1 or 3"
         raise ValueError(
-            f"{text} should be of length 1, 3 or 5. Received: {name}={list(numbers)} of length {len(numbers)}"
+            f"{text} should be of length {lengths}. Received: {name}={list(numbers)} of length {len(numbers)}"
         )
     if (least := min(numbers)) < 1:
         raise ValueError(f"{text}={list(numbers)} must be at least 1 everywhere, got {least}")
-    if len(numbers) == 5:
+    if len(numbers) == rank + 2:
         channel = layout.index("C")
         if numbers[0] != 1 or numbers[channel] != 1:
             raise ValueError(
                 f"{text}={list(numbers)} must be 1 for batch and channels, entries 0 and {channel} of {layout}, "
                 f"got {numbers[0]} and {numbers[channel]}"
             )
-        numbers = numbers[1:4] if layout == "NDHWC" else numbers[2:5]
-    first, *rest = numbers
-    return (first, rest[0], rest[1]) if rest else (first, first, first)
+        return spatial_part(layout, numbers)
+    return numbers * rank if len(numbers) == 1 else numbers
 
 
-def one_of(function: str, name: str, value: Any, allowed: Sequence[str]) -> str:
+def paddings(function: str, value: Any, layout: str, *, explicit: bool = False) -> tuple[Padding, ...]:
+    """Return the padding of each spatial axis; `explicit` allows a list of pairs, one for each axis of the layout."""
+    if not explicit or not isinstance(value, list | tuple | np.ndarray):
+        also = f", or a list of {len(layout)} pairs" if explicit else ""
+        return (one_of(function, "padding", value, PADDINGS, also),) * (len(layout) - 2)
+    text = f"{function}: padding"
+    pairs = [integers(f"{text}[{i}]", pair) for i, pair in enumerate(value)]
+    if len(pairs) != len(layout):
+        raise ValueError(
+            f"{text} must have {len(layout)} pairs, one for each axis of {layout}, got {len(pairs)}: {value!r}"
+        )
+    for i, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise ValueError(f"{text}[{i}] must be 2 integers, before and after, got {len(pair)}: {list(pair)}")
+        if min(pair) < 0:
+            raise ValueError(f"{text}[{i}]={list(pair)} must be at least 0, got {min(pair)}")
+        if layout[i] in "NC" and pair != (0, 0):
+            raise ValueError(f"{text}[{i}]={list(pair)} must be [0, 0] for batch and channels, axis {i} of {layout}")
+    return spatial_part(layout, pairs)
+
+
+def one_of(function: str, name: str, value: Any, allowed: Sequence[str], also: str = "") -> str:
     """Return a string argument that must be one of a few; case matters, as in TensorFlow."""
-    names = " or ".join(map(repr, allowed))
+    names = " or ".join(map(repr, allowed)) + also
     if not isinstance(value, str):
         raise TypeError(f"{function}: {name} must be {names}, got {value!r} of type {type(value).__name__}")
     if value not in allowed:
         raise ValueError(f"{function}: {name} must be {names}, got {value!r}")
     return str(value)
+
+
+def layout_of(function: str, data_format: Any, rank: int) -> str:
+    """Return the layout that a data_format names; None is channels last."""
+    return LAYOUTS[rank][0] if data_format is None else one_of(function, "data_format", data_format, LAYOUTS[rank])
+
+
+def shape_argument(function: str, name: str, value: Any, layout: str) -> tuple[int, ...]:
+    """Return a whole shape that was given as an argument."""
+    rank, text = len(layout), f"{function}: {name}"
+    if (isinstance(value, np.ndarray) and value.ndim == 0) or isinstance(value, int | np.integer):
+        raise ValueError(f"{text} must be {rank} integers, got the scalar {value!r}")
+    shape = integers(text, value)
+    order = f"the whole shape in {layout} order" if name == "output_shape" else "the whole shape"
+    if len(shape) != rank:
+        raise ValueError(f"{text} must be {rank} integers, {order}, got {len(shape)}: {list(shape)}")
+    for i, size in enumerate(shape):
+        if size < 0:
+            raise ValueError(f"{text}[{i}]={size} is negative, sizes are at least 0")
+    return shape
+
+
+def check_bytes(function: str, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse an array of more bytes than there are addresses."""
+    # NumPy refuses such sizes too, but counts zero-sized axes as one while it does so. Half precisions are widened.
+    size = math.prod(max(1, n) for n in shape) * max(4, dtype.itemsize)
+    if size > sys.maxsize:
+        raise ValueError(
+            f"{function}: {name} {shape} of {dtype} takes {size} bytes, more than the address space's {sys.maxsize}"
+        )
 
 
 def conv3d_transpose_problem(
@@ -266,123 +347,173 @@ def conv3d_transpose_problem(
     dtype: np.dtype[Any],
     *,
     function: str = "conv3d_transpose",
+    names: tuple[str, str] = ("value", "filter"),
+    rank: int = 3,
 ) -> Problem:
-    """Check the arguments of TensorFlow's conv3d_transpose and return what they ask for.
+    """Check the arguments of TensorFlow's transposed convolutions and return what they ask for.
 
     Raises ValueError or TypeError, naming the function, the argument, what was got and the rule with its numbers.
     """
-    layout = "NDHWC" if data_format is None else one_of(function, "data_format", data_format, LAYOUTS)
-    padding = one_of(function, "padding", padding, PADDINGS)
-    asked = None
-    if output_shape is not None:
-        if (isinstance(output_shape, np.ndarray) and output_shape.ndim == 0) or isinstance(
-            output_shape, int | np.integer
-        ):
-            raise ValueError(f"{function}: output_shape must be 5 integers, got the scalar {output_shape!r}")
-        asked = integers(f"{function}: output_shape", output_shape)
-    return _checked(
-        function,
-        tuple(value_shape),
-        tuple(filter_shape),
-        asked,
-        steps(function, "strides", strides, layout),
-        padding,
-        layout,
-        steps(function, "dilations", dilations, layout),
-        dtype,
-    )
+    layout = layout_of(function, data_format, rank)
+    padding = paddings(function, padding, layout, explicit=rank == 2)
+    asked = None if output_shape is None else shape_argument(function, "output_shape", output_shape, layout)
+    steps_of = steps(function, "strides", strides, layout), steps(function, "dilations", dilations, layout)
+    shapes = tuple(value_shape), tuple(filter_shape), asked
+    return _checked("conv3d_transpose", function, (*names, "output_shape"), layout, *shapes, *steps_of, padding, dtype)
+
+
+def conv3d_problem(
+    input_shape: Sequence[int],
+    filter_shape: Sequence[int],
+    strides: Any,
+    padding: Any,
+    data_format: Any,
+    dilations: Any,
+    dtype: np.dtype[Any],
+    *,
+    function: str = "conv3d",
+    names: tuple[str, str, str] = ("input", "filter", "strides"),
+    rank: int = 3,
+) -> Problem:
+    """Check the arguments of TensorFlow's convolutions; as `conv3d_transpose_problem`."""
+    layout = layout_of(function, data_format, rank)
+    padding = paddings(function, padding, layout, explicit=rank == 2)
+    steps_of = steps(function, names[2], strides, layout), steps(function, "dilations", dilations, layout)
+    shapes = tuple(input_shape), tuple(filter_shape), None
+    return _checked("conv3d", function, (*names[:2], "result"), layout, *shapes, *steps_of, padding, dtype)
+
+
+def conv3d_backprop_filter_problem(
+    input_shape: Sequence[int],
+    filter_sizes: Any,
+    out_backprop_shape: Sequence[int],
+    strides: Any,
+    padding: Any,
+    data_format: Any,
+    dilations: Any,
+    dtype: np.dtype[Any],
+    *,
+    function: str = "conv3d_backprop_filter_v2",
+) -> Problem:
+    """Check the arguments of TensorFlow's gradient of the filter; as `conv3d_transpose_problem`."""
+    layout = layout_of(function, data_format, 3)
+    padding = paddings(function, padding, layout)
+    sizes = shape_argument(function, "filter_sizes", filter_sizes, layout)
+    steps_of = steps(function, "strides", strides, layout), steps(function, "dilations", dilations, layout)
+    shapes, names = (tuple(input_shape), sizes, tuple(out_backprop_shape)), ("input", "filter_sizes", "out_backprop")
+    return _checked("conv3d_backprop_filter", function, names, layout, *shapes, *steps_of, padding, dtype)
 
 
 @lru_cache(maxsize=1024)
 def _checked(
+    operation: str,
     function: str,
-    value_shape: tuple[int, ...],
-    filter_shape: tuple[int, ...],
-    output_shape: tuple[int, ...] | None,
-    strides: tuple[int, int, int],
-    padding: str,
+    names: tuple[str, str, str],
     layout: str,
-    dilations: tuple[int, int, int],
+    data: tuple[int, ...],
+    weights: tuple[int, ...],
+    asked: tuple[int, ...] | None,
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+    padding: tuple[Padding, ...],
     dtype: np.dtype[Any],
 ) -> Problem:
-    if len(value_shape) != 5:
-        raise ValueError(f"{function}: value must be 5-D ({layout}), got {len(value_shape)}-D, shape {value_shape}")
-    if len(filter_shape) != 5:
-        raise ValueError(
-            f"{function}: filter must be 5-D (depth, height, width, output channels, input channels), "
-            f"got {len(filter_shape)}-D, shape {filter_shape}"
-        )
-    channel = layout.index("C")
-    cin, cout = value_shape[channel], filter_shape[3]
-    coarse = value_shape[1:4] if layout == "NDHWC" else value_shape[2:5]
-    if filter_shape[4] != cin:
-        raise ValueError(
-            f"{function}: filter has {filter_shape[4]} input channels (filter.shape[4] of {filter_shape}), "
-            f"but value has {cin} (value.shape[{channel}] of {value_shape}, {layout}); they must be equal"
-        )
-    relation = list(zip(coarse, filter_shape[:3], strides, dilations, strict=True))
-    if output_shape is None:
-        fine = tuple(inferred(*axis, padding) for axis in relation)
-    else:
-        fine = _asked(function, value_shape, cout, output_shape, relation, strides, padding, layout, dilations)
-    axes = []
-    for (n, k, s, d), o in zip(relation, fine, strict=True):
-        lo = max(0, (n - 1) * s + extent(k, d) - o) // 2 if padding == "SAME" else 0
-        axes.append(Axis(n, o, k, s, d, lo))
-    problem = Problem("conv3d_transpose", value_shape[0], cin, cout, (axes[0], axes[1], axes[2]), dtype, layout)
-    for name, shape in (("value", value_shape), ("filter", filter_shape), ("output_shape", problem.fine_shape)):
-        # NumPy refuses such sizes too, but counts zero-sized axes as one while it does so.
-        size = math.prod(max(1, n) for n in shape) * problem.compute_dtype.itemsize
-        if size > sys.maxsize:
-            raise ValueError(
-                f"{function}: {name} {shape} of {dtype} takes {size} bytes, more than the address space's {sys.maxsize}"
-            )
-    return problem
+    """Return the problem of shapes in the caller's order: of value or input, of filter, and of the third array.
+
+    The third is the result, None where it is to be inferred, or `out_backprop`.
+    """
+    rank, transposed = len(layout) - 2, operation == "conv3d_transpose"
+    channels = "output channels, input channels" if transposed else "input channels of a group, output channels"
+    for name, shape in zip(names, (data, weights, asked), strict=True):
+        if shape is not None and len(shape) != rank + 2:
+            axes_of = f"{', '.join(SPATIAL[-rank:])}, {channels}" if name == names[1] else layout
+            raise ValueError(f"{function}: {name} must be {rank + 2}-D ({axes_of}), got {len(shape)}-D, shape {shape}")
+    groups = _groups(function, names, layout, data, weights, transposed)
+    relation = list(zip(spatial_part(layout, data), weights[:rank], strides, dilations, padding, strict=True))
+    others = tuple((inferred if transposed else gathered)(*axis) for axis in relation)
+    whole = in_layout(layout, data[0], others, weights[-2 if transposed else -1])
+    if asked is not None or transposed:
+        whole = asked or whole
+        ranges = [reachable(*axis) for axis in relation] if transposed else [(size, size) for size in others]
+        _check_third(function, names, layout, data[0], weights, whole, relation, ranges)
+        others = spatial_part(layout, whole)
+    axes = [Axis(1, 1, 1)] * (3 - rank)
+    for (size, *axis), other in zip(relation, others, strict=True):
+        axes.append(axis_of(size, other, *axis) if transposed else axis_of(other, size, *axis))
+    for name, shape in zip(names, (data, weights, whole), strict=True):
+        check_bytes(function, name, shape, dtype)
+    full = "NDHWC" if layout.endswith("C") else "NCDHW"
+    cin, cout = weights[-1] // groups, weights[-2]
+    return Problem(operation, data[0], cin, cout, (axes[0], axes[1], axes[2]), dtype, full, groups)
 
 
-def _asked(
+def _entry(name: str, index: int) -> str:
+    """Return how an entry of a shape is written: arguments that are shapes themselves have no `shape`."""
+    return f"{name}[{index}]" if name in ("output_shape", "filter_sizes") else f"{name}.shape[{index}]"
+
+
+def _groups(
     function: str,
-    value_shape: tuple[int, ...],
-    cout: int,
-    output_shape: tuple[int, ...],
-    relation: list[tuple[int, int, int, int]],
-    strides: tuple[int, int, int],
-    padding: str,
+    names: tuple[str, str, str],
     layout: str,
-    dilations: tuple[int, int, int],
-) -> tuple[int, ...]:
-    """Return the spatial sizes of an explicit output_shape after checking all five entries."""
-    text = f"{function}: output_shape"
-    if len(output_shape) != 5:
+    data: tuple[int, ...],
+    weights: tuple[int, ...],
+    transposed: bool,
+) -> int:
+    """Return the groups that the channels make: one in transposed convolutions, else what TensorFlow infers."""
+    channel, last = layout.index("C"), len(layout) - 1
+    place = last if transposed else last - 1
+    mine, taken = data[channel], weights[place]
+    if mine == taken:
+        return 1
+    text = (
+        f"{function}: {names[1]} has {taken} input channels ({_entry(names[1], place)} of {weights}), "
+        f"but {names[0]} has {mine} ({_entry(names[0], channel)} of {data}, {layout}); "
+    )
+    if transposed:
+        raise ValueError(f"{text}they must be equal")
+    if mine == 0 or taken == 0 or mine % taken:
+        raise ValueError(f"{text}{taken} must divide {mine}, into groups")
+    if weights[last] % (mine // taken):
         raise ValueError(
-            f"{text} must be 5 integers, the whole shape in {layout} order, "
-            f"got {len(output_shape)}: {list(output_shape)}"
+            f"{text}these are {mine // taken} groups, which must divide its {weights[last]} output channels "
+            f"({_entry(names[1], last)})"
         )
-    for i, size in enumerate(output_shape):
-        if size < 0:
-            raise ValueError(f"{text}[{i}]={size} is negative, sizes are at least 0")
-    if output_shape[0] != value_shape[0]:
+    return mine // taken
+
+
+def _check_third(
+    function: str,
+    names: tuple[str, str, str],
+    layout: str,
+    batch: int,
+    weights: tuple[int, ...],
+    whole: tuple[int, ...],
+    relation: list[tuple[int, int, int, int, Padding]],
+    ranges: list[tuple[int, int]],
+) -> None:
+    """Check all entries of output_shape, or of the shape of out_backprop."""
+    first, second, third = names
+    if whole[0] != batch:
         raise ValueError(
-            f"{text}[0]={output_shape[0]} is not the batch of value, {value_shape[0]} (value.shape[0]); "
+            f"{function}: {_entry(third, 0)}={whole[0]} is not the batch of {first}, {batch} ({_entry(first, 0)}); "
             "they must be equal"
         )
-    channel = layout.index("C")
-    if output_shape[channel] != cout:
+    channel, source = layout.index("C"), len(layout) - (2 if third == "output_shape" else 1)
+    if whole[channel] != weights[source]:
         raise ValueError(
-            f"{text}[{channel}]={output_shape[channel]} is not the number of output channels of filter, {cout} "
-            f"(filter.shape[3]); they must be equal"
+            f"{function}: {_entry(third, channel)}={whole[channel]} is not the number of output channels of {second}, "
+            f"{weights[source]} ({_entry(second, source)}); they must be equal"
         )
-    first = layout.index("D")
-    fine = output_shape[first : first + 3]
-    for i, (name, axis, o) in enumerate(zip(SPATIAL, relation, fine, strict=True)):
-        low, high = reachable(*axis, padding)
-        if not low <= o <= high:
-            n, k, s, d = axis
+    sizes, start = spatial_part(layout, whole), 1 if layout.endswith("C") else 2
+    for i, (axis, size, (low, high)) in enumerate(zip(relation, sizes, ranges, strict=True)):
+        if not low <= size <= high:
+            n, k, s, d, padding = axis
             dilated = f", dilation {d}" if d > 1 else ""
-            kernel = f", kernel {k}{dilated}" if padding == "VALID" or n == 0 else ""
-            allowed = f"allow {low} to {high}" if low < high else f"allow only {low}"
+            kernel = f", kernel {k}{dilated}" if padding != "SAME" or n == 0 else ""
+            cut = repr(padding) if isinstance(padding, str) else list(padding)
+            allowed = f"{low} to {high}" if low < high else f"only {low}" if low == high else "no size"
             raise ValueError(
-                f"{text}[{first + i}]={o} is out of reach: "
-                f"input {name} {n}{kernel}, stride {s} and padding {padding!r} {allowed}"
+                f"{function}: {_entry(third, start + i)}={size} is out of reach: "
+                f"input {SPATIAL[i - len(sizes)]} {n}{kernel}, stride {s} and padding {cut} allow {allowed}"
             )
-    return fine
