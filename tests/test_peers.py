@@ -32,6 +32,13 @@ RUNS = {
         ["tensorflow"],
         200,
     ),
+    "tensorflow-family-onednn": ("tensorflow_family_peer.py", ["--mode", "onednn"], ["tensorflow"], 1200),
+    "tensorflow-family-reference": (
+        "tensorflow_family_peer.py",
+        ["--mode", "reference", "--seed", "2"],
+        ["tensorflow"],
+        300,
+    ),
     "torch": ("torch_peer.py", [], ["torch"], 500),
     "onnxruntime": ("onnxruntime_peer.py", [], ["onnxruntime", "onnx"], 500),
     "jax": ("jax_peer.py", [], ["jax", "ml_dtypes"], 180),
