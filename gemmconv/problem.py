@@ -438,8 +438,9 @@ def _checked(
         _check_third(function, names, layout, data[0], weights, whole, relation, ranges)
         others = spatial_part(layout, whole)
     axes = [Axis(1, 1, 1)] * (3 - rank)
-    for (size, *axis), other in zip(relation, others, strict=True):
-        axes.append(axis_of(size, other, *axis) if transposed else axis_of(other, size, *axis))
+    for (size, k, s, d, pads), other in zip(relation, others, strict=True):
+        n, o = (size, other) if transposed else (other, size)
+        axes.append(axis_of(n, o, k, s, d, pads))
     for name, shape in zip(names, (data, weights, whole), strict=True):
         check_bytes(function, name, shape, dtype)
     full = "NDHWC" if layout.endswith("C") else "NCDHW"
