@@ -37,7 +37,7 @@ class Workspace:
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
         raw = np.empty(size + _ALIGNMENT, np.uint8)
         self._memory = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
-        self._used = 0
+        self.used = 0
         self._kept: tuple[Operands, Any, int] | None = None
         self.size = size
         self.gemm = Gemm(dtype)
@@ -45,15 +45,15 @@ class Workspace:
 
     def reset(self) -> None:
         """Forget what was taken; whatever holds it must not be used any more."""
-        self._used = 0
+        self.used = 0
 
     def once(self, operands: Operands, make: Callable[[], T]) -> T:
         """Return what `make` makes of an empty workspace, with what that took: made for the first block of a call."""
         if self._kept is None or self._kept[0] is not operands:
             self.reset()
             made = make()
-            self._kept = operands, made, self._used
-        _, found, self._used = self._kept
+            self._kept = operands, made, self.used
+        _, found, self.used = self._kept
         return found
 
     def release(self) -> None:
@@ -63,7 +63,7 @@ class Workspace:
     def take(self, *shape: int) -> Array:
         """Return an uninitialised array of the GEMM's dtype, aligned to a cache line."""
         size = math.prod(shape) * self.gemm.itemsize
-        start, self._used = self._used, self._used + aligned(size)
+        start, self.used = self.used, self.used + aligned(size)
         return self._memory[start : start + size].view(self.gemm.dtype).reshape(shape)
 
 
