@@ -153,7 +153,7 @@ class Gather:
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
-        problem, (d, h, w) = self.problem, self.axes
+        problem, w = self.problem, self.axes[2]
         planes, lines = (cut.size / len(cut) for cut in self.cuts)
         pitch = lines + self.slots[1].reach
         rows = ((planes - 1) * pitch + lines) * self.rows_of_line
@@ -226,11 +226,9 @@ class Gather:
             clock("gemm")
         if problem.dtype.kind == "c":
             sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
-        found = np.lib.stride_tricks.as_strided(
-            sums,
-            (sizes.planes, sizes.lines, self.axes[2].coarse, n),
-            tuple(step * n * item for step in (sizes.pitch * self.rows_of_line, self.rows_of_line, 1)) + (item,),
-        )
+        row, line = n * item, self.rows_of_line * n * item
+        shape = sizes.planes, sizes.lines, self.axes[2].coarse, n
+        found = np.ndarray(shape, sums.dtype, sums, 0, (sizes.pitch * line, line, row, item))
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
         store(output[batch, slice(*depth), slice(*height), :, slice(*channels)], found)
         if clock:
