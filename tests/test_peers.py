@@ -43,6 +43,12 @@ RUNS = {
     "onnxruntime": ("onnxruntime_peer.py", [], ["onnxruntime", "onnx"], 500),
     "jax": ("jax_peer.py", [], ["jax", "ml_dtypes"], 180),
     "onnx-cases": ("onnx_cases.py", [], ["onnx"], 8),
+    "compat-torch": ("compat_torch_peer.py", [], ["torch"], 4000),
+    "compat-onnxruntime": ("compat_onnxruntime_peer.py", [], ["onnxruntime", "onnx"], 1400),
+    "compat-onnx-conv-transpose": ("compat_onnx_cases.py", ["ConvTranspose"], ["onnx"], 11),
+    "migration-keras": ("migration_peer.py", ["--framework", "keras"], ["tensorflow"], 60),
+    "migration-jax": ("migration_peer.py", ["--framework", "jax"], ["jax"], 170),
+    "compat-onnx-conv": ("compat_onnx_cases.py", ["Conv"], ["onnx"], 6),
 }
 
 
