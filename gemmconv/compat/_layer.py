@@ -7,8 +7,6 @@ counts the channels of the coarse array and the second those of one group of the
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 
 from gemmconv import arrays, calls
 from gemmconv.arrays import Array
-from gemmconv.problem import SPATIAL, Axis, Problem, extent, integers
+from gemmconv.problem import SPATIAL, Axis, Problem, check_bytes, extent, integers
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,7 @@ class Layer:
             "NCDHW",
             self.groups,
         )
-        size = math.prod(max(1, n) for n in asked.result_shape) * asked.compute_dtype.itemsize
-        if size > sys.maxsize:
-            raise ValueError(
-                f"{self.function}: the result {asked.result_shape} of {asked.dtype} takes {size} bytes, "
-                f"more than the address space's {sys.maxsize}"
-            )
+        check_bytes(self.function, "the result", asked.result_shape, asked.dtype)
         target = out
         if out is not None and not self.batched:
             shape = calls.lowered(asked, asked.roles[2], self.rank)[1:]
