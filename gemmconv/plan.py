@@ -28,8 +28,8 @@ ALGORITHMS = {operation: ("auto", *found) for operation, found in LOWERINGS.item
 # Another worker is worth waking for this much work, about 0.1 ms.
 _WORKER_FLOPS = 8_000_000
 _WORKER_BYTES = 1_000_000
-# Groups are done together, with zeros between them, up to this many channels.
-_MOST_TOGETHER = 64
+# Groups of fewer channels than this are done together too, with zeros between them, up to so many.
+_FEW_CHANNELS, _MOST_TOGETHER = 32, 64
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) 
 def _as_groups(problem: Problem) -> list[Problem]:
     """Return a problem with its groups one by one, and with ever more of them as one."""
     found = [problem]
-    if problem.operation != "conv3d_backprop_filter":
+    if problem.operation != "conv3d_backprop_filter" and min(problem.cin, problem.cout) < _FEW_CHANNELS:
         for n in range(2, problem.groups + 1):
             channels = n * max(problem.cin, problem.cout)
             if problem.groups % n == 0 and channels <= _MOST_TOGETHER:

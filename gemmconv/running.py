@@ -126,7 +126,7 @@ def run(
         clock = clocks[slot]
         if clock:
             clock.start()
-        group, block = divmod(index, schedule.count)
+        block, group = divmod(index, len(parts))  # groups next to each other share cache lines and pages
         schedule.run(block, parts[group], workspaces[slot])
         if progress is not None:
             progress(next(done), count)

@@ -100,15 +100,15 @@ class Gather:
 
     @property
     def packs(self) -> bool:
-        """Whether the filter is widened."""
-        return self.problem.dtype != self.problem.compute_dtype
+        """Whether the filter is copied: widened, or without the other groups' channels."""
+        return self.problem.dtype != self.problem.compute_dtype or self.problem.groups > 1
 
     @property
     def packed_values(self) -> int:
         return math.prod(self.problem.kernel) * self.problem.cout * self.problem.cin if self.packs else 0
 
     def pack(self, filter: Array, packed: Array) -> None:
-        """Widen the filter."""
+        """Copy the filter."""
         np.copyto(packed.reshape(filter.shape), filter, casting="unsafe")
 
     def sizes(self, planes: int, lines: int) -> Sizes:
