@@ -108,6 +108,12 @@ class Layer:
         """Input positions, N*D*H*W."""
         return self.batch * math.prod(self.input)
 
+    @property
+    def products(self) -> int:
+        """Products of a cell of the result, at most."""
+        sums = {"fine": self.taps * self.cin, "coarse": self.taps * self.cout, "filter": self.rows * self.groups}
+        return sums[self.roles[2]] // self.groups
+
     def shape(self, role: str, layout: str = "NDHWC") -> Sizes:
         """The shape of the coarse array, the fine one or the filter; the latter is TensorFlow's in both layouts.
 

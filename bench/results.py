@@ -33,7 +33,8 @@ CONVENTIONS = {
     "interval": "bootstrap over rounds, both sides by the same ones, with the deviation from launch to launch added",
     "median_seconds": "the median of the visits' medians; a visit is warmed up, then timed for a few calls",
     "spread_fraction": "the interquartile range of the visits' medians over their median",
-    "error_fraction": "the largest difference from the float64 result over its largest magnitude",
+    "error_fraction": "the largest difference from the float64 result over its largest magnitude; what is above "
+    "error_bound, times the root of products a cell / 32768 where there are more, is wrong",
 }
 FRAMEWORKS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # Statuses of a row: all but 'ok' and 'unsupported' are failures of the contender.

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.contenders.base import packed
 from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
-from bench.reference import BOUNDS, operands, reference, relaid
+from bench.reference import bound_of, operands, reference, relaid
 
 VECTORS_VERSION = 2
 # Names of the operands, and the definition.
@@ -45,6 +45,7 @@ def write_vectors(layers: Sequence[Layer], folder: Path, dtype: str, layout: str
                 "padding_before": layer.before,
                 "padding_after": layer.behind,
                 "largest_result": float(np.abs(exact).max(initial=0.0)),
+                "error_bound": bound_of(layer, dtype),
             }
         )
     about = (
@@ -61,7 +62,6 @@ def write_vectors(layers: Sequence[Layer], folder: Path, dtype: str, layout: str
         "dtype": dtype,
         "data_format": layout,
         "seed": seed,
-        "error_bound": BOUNDS[dtype],
         "layers": entries,
     }
     path = folder / "index.json"

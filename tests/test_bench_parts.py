@@ -240,6 +240,15 @@ def test_check_compares_the_whole_array():
     assert "no array but list" in verdict(good.tolist()).detail
 
 
+def test_bounds_grow_with_long_sums():
+    """As the error of a plain sum, beyond what any forward layer has."""
+    layer = layers.make("x", 1, [32, 64, 64], 8, 4, 2, 2)
+    for op, products in (("conv3d_transpose", 64), ("conv3d", 32), ("conv3d_backprop_filter", 2**17)):
+        asked = dataclasses.replace(layer, op=op)
+        assert asked.products == products
+        assert reference.bound_of(asked, "float32") == (2e-5 if products == 2**17 else 1e-5)
+
+
 def test_contenders_are_read():
     """Forms of all kinds; the same one twice gets two names."""
     here = str(ROOT / "tests/bench_contenders.py")
