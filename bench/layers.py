@@ -111,8 +111,9 @@ class Layer:
     @property
     def products(self) -> int:
         """Products of a cell of the result, at most."""
-        sums = {"fine": self.taps * self.cin, "coarse": self.taps * self.cout, "filter": self.rows * self.groups}
-        return sums[self.roles[2]] // self.groups
+        if self.op == FILTER_GRADIENT:
+            return self.rows
+        return self.taps * (self.cin if self.op == TRANSPOSE else self.cout) // self.groups
 
     def shape(self, role: str, layout: str = "NDHWC") -> Sizes:
         """The shape of the coarse array, the fine one or the filter; the latter is TensorFlow's in both layouts.

@@ -118,8 +118,8 @@ def check(result: Any, expected: Array, largest: float, layer: Layer, dtype: str
         return Verdict("wrong", None, f"the result has dtype {result.dtype}, not {dtype}")
     if layer.roles[2] != "filter":
         result = relaid(result, layout, "NDHWC")
-    worst, bad = 0.0, 0
-    bound = bound_of(layer, dtype)
+    worst, bad, part = 0.0, 0, bound_of(layer, dtype)
+    bound = part * largest
     for index in np.ndindex(result.shape[:2]):
         difference = np.subtract(result[index], expected[index], dtype=expected.dtype)
         most = float(np.abs(difference).max(initial=0.0))
@@ -129,6 +129,6 @@ def check(result: Any, expected: Array, largest: float, layer: Layer, dtype: str
     error = worst / largest if largest else worst
     if bad:
         share = bad / math.prod(result.shape)
-        text = f"{bad} of {result.size} cells ({share:.2%}) differ by more than {bound:.0e} of the largest"
+        text = f"{bad} of {result.size} cells ({share:.2%}) differ by more than {part:.0e} of the largest"
         return Verdict("wrong", error if math.isfinite(error) else None, f"{text}, at most by {error:.1e}")
     return Verdict("ok", error)
