@@ -177,7 +177,7 @@ class Plan:
             If an argument does not fit the plan; nothing was touched.
         """
         name = f"plan of {self.problem.operation}"
-        x, w, dtype = arrays.operands(name, value, filter)
+        x, w, dtype = arrays.operands(name, value, filter, self.problem.names)
         for argument, array, shape in zip(self.problem.names, (x, w), self.problem.operand_shapes, strict=True):
             self._check(name, argument, array, shape)
         if dtype != self.dtype:

@@ -273,8 +273,9 @@ class Gather:
         shape = (len(of_d.offsets), len(of_h.offsets), planes, sizes.pitch, self.line, problem.cout)
         cells = grid[: math.prod(shape)].reshape(shape)
         # A line begins at fine position -lo.
-        first, last = max(0, -w.lo), min(w.fine, self.line - w.lo)
-        to_w, from_w = slice(max(0, w.lo), max(0, w.lo) + last - first), slice(first, max(first, last))
+        first = max(0, -w.lo)
+        last = max(first, min(w.fine, self.line - w.lo))
+        to_w, from_w = slice(first + w.lo, last + w.lo), slice(first, last)
         for (i, at_d), (j, at_h) in product(enumerate(of_d.offsets), enumerate(of_h.offsets)):
             to_d, from_d = _lines(d, at_d, depth[0] + of_d.shifts[0], planes)
             to_h, from_h = _lines(h, at_h, height[0] + of_h.shifts[0], sizes.pitch)
