@@ -450,7 +450,7 @@ def test_imports_go_one_way():
     package = Path(gemmconv.__file__).parent
     ranks = {
         "problem": 0, "machine": 0, "blas": 0, "arrays": 0, "newfile": 0, "demo": 0, "profile": 0, "threads": 1,
-        "lowerings": 2, "running": 3, "plan": 4, "calls": 5, "config": 5, "columns": 5, "columns": 5, "nn": 6, "compat": 6,
+        "lowerings": 2, "running": 3, "plan": 4, "calls": 5, "config": 5, "columns": 5, "nn": 6, "compat": 6,
         "__init__": 7, "cli": 8, "__main__": 9,
     }  # fmt: skip
     seen = set()
