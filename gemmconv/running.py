@@ -20,7 +20,7 @@ import numpy as np
 from gemmconv import profile, threads
 from gemmconv.arrays import Array
 from gemmconv.blas import serial_products
-from gemmconv.lowerings import COMPLETE, LOWERINGS, NotFiniteError, Operands, Schedule, Workspace
+from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 
@@ -43,7 +43,7 @@ def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
     of = schedule.problem
     values = np.empty((of.groups, schedule.packed_values), problem.compute_dtype)
     if problem.roles[1] != "filter":
-        return Packed(second, values, True)
+        return Packed(second, values, not schedule.wants_finite_filter or is_finite(second))
     if of.operation != problem.operation:
         second = mirrored(second, problem.groups)
     if of.groups != problem.groups:
@@ -52,7 +52,7 @@ def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
         if schedule.packed_values:
             for group, to in enumerate(values):
                 schedule.pack(of_group(of, "filter", second, group), to)
-        # Zeros around the value times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
+        # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
         looked_at = values if values.size else second
         adds_zeros = schedule.wants_finite_filter or of.groups != problem.groups
         usable = not adds_zeros or is_finite(looked_at)
@@ -177,7 +177,7 @@ def _account(clocks: Sequence[profile.Clock], pack_s: float, run_s: float) -> di
 @lru_cache(maxsize=64)
 def _complete(problem: Problem, machine: Machine) -> Schedule:
     """Return the schedule of the lowering that is right for all data."""
-    return LOWERINGS[problem.operation][COMPLETE[problem.operation]](problem, machine)
+    return COMPLETE[problem.operation](problem, machine)
 
 
 def clear_idle() -> None:

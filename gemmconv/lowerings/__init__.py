@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gemmconv.lowerings import col2im, gather, gradient, im2col, kn2row, winograd
+from gemmconv.lowerings import col2im, exact, gather, gradient, im2col, kn2row, winograd
 from gemmconv.lowerings.base import CannotLowerError, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.lowerings.turned import turned
 from gemmconv.machine import Machine
@@ -16,7 +16,9 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
     "conv3d": {"im2col": im2col.schedule, "kn2row": gather.schedule, "winograd": turned(winograd.schedule)},
     "conv3d_backprop_filter": {"im2col": gradient.schedule},
 }
-# The lowering of each operation that can do every problem, with any data.
-COMPLETE = {"conv3d_transpose": "col2im", "conv3d": "im2col", "conv3d_backprop_filter": "im2col"}
+# What can do every problem of an operation with any data.
+COMPLETE: dict[str, Callable[[Problem, Machine], Schedule]] = {
+    "conv3d_transpose": col2im.schedule, "conv3d": exact.schedule, "conv3d_backprop_filter": exact.schedule,
+}  # fmt: skip
 
 __all__ = ["COMPLETE", "LOWERINGS", "CannotLowerError", "NotFiniteError", "Operands", "Schedule", "Workspace"]

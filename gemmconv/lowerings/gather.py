@@ -203,8 +203,8 @@ class Gather:
         sums[...] = operands.start(channels)
         if self.in_place:
             grid, ld = operands.value, problem.cout * problem.groups
-            _, h, w = problem.coarse
-            grid_at = address(grid) + (((batch * problem.coarse[0] + depth[0]) * h + height[0]) * w) * ld * item
+            d, h, w = (axis.coarse for axis in self.axes)
+            grid_at = address(grid) + ((batch * d + depth[0]) * h + height[0]) * w * ld * item
         else:
             grid, ld = workspace.take(self.grid_values(sizes)), self.axes[2].stride * cf
             grid_at = address(grid)

@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 from gemmconv.lowerings.base import (
-    AsItLies,
+    Array,
     Box,
     Cut,
     Operands,
@@ -27,7 +27,7 @@ from gemmconv.lowerings.base import (
 )
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
 from gemmconv.lowerings.im2col import columns_run, row_cuts, strided, tap_boxes
-from gemmconv.lowerings.windows import Taps, Windows, grid_values, workspace_bytes
+from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, workspace_bytes
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -42,8 +42,8 @@ _COLUMNS_SHARE, _GRID_SHARE = 0.75, 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient(AsItLies):
-    """A schedule; see the module."""
+class Gradient:
+    """A schedule; see the module. `filter` of the operands is the coarse array."""
 
     problem: Problem
     axes: tuple[Axis, Axis, Axis]
@@ -51,6 +51,15 @@ class Gradient(AsItLies):
     channels: Cut
     taps: tuple[Taps, ...]  # of blocks
     grid: int  # values
+
+    packed_values = 0
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Do nothing."""
+
+    @property
+    def wants_finite_filter(self) -> bool:
+        return not all(inside(axis) for axis in self.axes)
 
     @property
     def count(self) -> int:

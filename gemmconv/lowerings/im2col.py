@@ -17,7 +17,7 @@ import numpy as np
 from gemmconv.lowerings.base import Array, Box, Cut, Operands, Range, Workspace, address, canonical, five, store
 from gemmconv.lowerings.by_rows import groups
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
-from gemmconv.lowerings.windows import Taps, Windows, grid_values, workspace_bytes
+from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, workspace_bytes
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -46,8 +46,6 @@ class Im2Col:
     channels: Cut
     taps: tuple[Taps, ...]  # of the GEMMs of a block
     grid: int  # values
-
-    wants_finite_filter = False
 
     @property
     def packs(self) -> bool:
@@ -92,6 +90,10 @@ class Im2Col:
         sums = 0 if self.direct else self.rows * self.channels.longest
         columns = self.rows * self.deep * self.problem.cout
         return workspace_bytes((self.grid, columns, sums), self.problem.compute_dtype.itemsize)
+
+    @property
+    def wants_finite_filter(self) -> bool:
+        return not all(inside(axis) for axis in self.axes)
 
     @property
     def packed_values(self) -> int:

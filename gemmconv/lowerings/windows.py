@@ -75,8 +75,9 @@ class Windows:
             for axis, r, t, start in zip(self._axes, rows[1:], taps, origin, strict=True)
         ]
         b, *along, c = array.strides
-        by_row = [n * axis.stride for n, axis in zip(along, self._axes, strict=True)]
-        by_tap = [n * axis.dilation for n, axis in zip(along, self._axes, strict=True)]
+        # The step along a single row or tap is never taken, and may be larger than any address.
+        by_row = [n * a.stride * (size > 1) for n, a, size in zip(along, self._axes, rows.sizes[1:], strict=True)]
+        by_tap = [n * a.dilation * (size > 1) for n, a, size in zip(along, self._axes, many, strict=True)]
         corner = array[:, *(slice(at, None) for at in first)]
         np.copyto(columns, as_strided(corner, columns.shape, (b, *by_row, *by_tap, c)), casting="unsafe")
 
@@ -100,6 +101,12 @@ def span(axis: Axis, rows: Range, taps: Range) -> Range:
     """Return the fine positions, outside of the array too, that some rows reach with some taps."""
     first = rows[0] * axis.stride + taps[0] * axis.dilation - axis.lo
     return first, first + (rows[1] - rows[0] - 1) * axis.stride + (taps[1] - taps[0] - 1) * axis.dilation + 1
+
+
+def inside(axis: Axis) -> bool:
+    """Whether all windows of an axis lie inside the fine array, so that none has zeros."""
+    start, stop = span(axis, (0, axis.coarse), (0, axis.kernel))
+    return start >= 0 and stop <= axis.fine
 
 
 def grid_values(axes: Sequence[Axis], rows: Sequence[int], taps: Sequence[int]) -> int:
