@@ -11,6 +11,7 @@ import numpy as np
 
 from gemmconv import arrays, threads
 from gemmconv.arrays import Array
+from gemmconv.lowerings import CannotLowerError
 from gemmconv.machine import this_machine
 from gemmconv.plan import ALGORITHMS, Plan, make_plan
 from gemmconv.problem import Problem, one_of
@@ -19,7 +20,10 @@ from gemmconv.problem import Problem, one_of
 def plan(function: str, asked: Problem, algorithm: str = "auto", workers: int | None = None) -> Plan:
     """Return the plan of a problem; `function` is named where an argument is refused."""
     algorithm = one_of(function, "algorithm", algorithm, ALGORITHMS[asked.operation])
-    return make_plan(asked, this_machine(), algorithm, threads.resolve_workers(workers, function))
+    try:
+        return make_plan(asked, this_machine(), algorithm, threads.resolve_workers(workers, function))
+    except CannotLowerError as error:  # in the name of the caller's function
+        raise CannotLowerError(f"{function}: {str(error).partition(': ')[2]}") from None
 
 
 def compute(

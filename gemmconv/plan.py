@@ -159,7 +159,7 @@ class Plan:
         Parameters
         ----------
         value, filter : array_like
-            Of the problem's `value_shape` and `filter_shape`, and of dtypes whose common one is the plan's.
+            Of the problem's `operand_shapes`, and of dtypes whose common one is the plan's.
         out : ndarray, optional
             Where to write the result: the plan's `output_shape`, and a dtype to which the plan's casts safely.
         progress : callable, optional
@@ -296,7 +296,7 @@ class Prepared:
         Parameters
         ----------
         value : array_like
-            Of the problem's `value_shape`, and of a dtype that gives results of the plan's.
+            Of the problem's first operand shape, and of a dtype that gives results of the plan's.
         out, progress
             As in a call of the plan.
 
@@ -328,19 +328,23 @@ def _by(numbers: Any) -> str:
 def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) -> Plan:
     """Return the plan for a problem; `algorithm` is 'auto' or the name of a lowering."""
     if problem.empty:
-        return Plan(problem, machine, "col2im" if algorithm == "auto" else algorithm, algorithm, workers, None)
+        first = next(iter(LOWERINGS[problem.operation]))
+        return Plan(problem, machine, first if algorithm == "auto" else algorithm, algorithm, workers, None)
     found: dict[str, Schedule] = {}
     costs: dict[str, float | None] = {}
     for name in LOWERINGS[problem.operation] if algorithm == "auto" else (algorithm,):
-        try:
-            made = [LOWERINGS[problem.operation][name](asked, machine) for asked in _as_groups(problem)]
-        except CannotLowerError:
-            if algorithm != "auto":
-                raise
-            costs[name] = None
-        else:
+        made: list[Schedule] = []
+        refusals: list[CannotLowerError] = []
+        for asked in _as_groups(problem):
+            try:
+                made.append(LOWERINGS[problem.operation][name](asked, machine))
+            except CannotLowerError as error:
+                refusals.append(error)
+        if not made and algorithm != "auto":
+            raise refusals[0]
+        if made:
             found[name] = min(made, key=lambda schedule: total_s(schedule, machine))
-            costs[name] = total_s(found[name], machine)
+        costs[name] = total_s(found[name], machine) if made else None
     chosen = min(found, key=lambda name: costs[name] or 0.0)
     return Plan(problem, machine, chosen, algorithm, workers, found[chosen], tuple(costs.items()))
 

@@ -13,6 +13,7 @@ import pytest
 from oracle import dtype_named, frozen, integers, same_bits
 
 import gemmconv
+from gemmconv import blas
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
 LAYOUTS = {1: ["NWC", "NCW"], 2: ["NHWC", "NCHW"], 3: ["NDHWC", "NCDHW"]}
@@ -808,3 +809,40 @@ class TestColumns:
             call()
         for needle in [r"\A(im2col|col2im): ", *needles]:
             assert re.search(needle, str(caught.value)), f"{str(caught.value)!r} does not match {needle!r}"
+
+
+def test_rows_further_apart_than_blas_can_say(monkeypatch):
+    """Channels first, with distances from channel to channel that BLAS' integers do not hold: copied, and right."""
+    rng = np.random.default_rng(77)
+    x, w = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((1, 2, 300, 400), (3, 3, 2, 5)))
+    g = rng.integers(-4, 5, (1, 5, 1, 300, 400)).astype(np.float32)
+    settings = {"strides": 1, "padding": "SAME"}
+    conv = {"data_format": "NCHW", "algorithm": "im2col", **settings}
+    gradient = (x[:, :, None], (1, 3, 3, 2, 5), g, 1, "SAME", "NCDHW")
+    expected = gemmconv.conv2d(x, w, **conv), gemmconv.conv3d_backprop_filter_v2(*gradient)
+    monkeypatch.setattr(blas._path(np.dtype(np.float32)), "largest", 100_000)
+    gemmconv.clear_cache()
+    try:
+        assert np.array_equal(gemmconv.conv2d(x, w, **conv), expected[0])
+        assert np.array_equal(gemmconv.conv3d_backprop_filter_v2(*gradient), expected[1])
+    finally:
+        monkeypatch.undo()
+        gemmconv.clear_cache()
+
+
+def test_a_lowering_that_cannot_do_groups_as_one_does_them_one_by_one():
+    """32 groups as one would not fit, one group does."""
+    y = gemmconv.conv2d(np.ones((1, 8, 20000, 64), np.float32), np.ones((3, 3, 1, 64), np.float32), 1, "SAME",
+                        algorithm="kn2row")  # fmt: skip
+    assert y[0, 4, 10000].tolist() == [9] * 64
+
+
+def test_what_a_lowering_cannot_do_is_said_of_the_function_that_was_called():
+    x, w = np.ones((1, 9, 9, 2), np.float32), np.ones((5, 5, 2, 2), np.float32)
+    with pytest.raises(
+        ValueError, match=r"^conv2d: algorithm='winograd' cannot .* kernel 1x5x5.*'im2col' and 'auto' can"
+    ):
+        gemmconv.conv2d(x, w, 1, "SAME", algorithm="winograd")
+    strides = r"^conv2d: algorithm='winograd' cannot .* got 1x2x2; 'im2col' and 'auto' can"
+    with pytest.raises(ValueError, match=strides):
+        gemmconv.conv2d(x, w, 2, "SAME", algorithm="winograd")

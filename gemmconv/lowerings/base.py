@@ -71,9 +71,10 @@ class Workspace:
 class Operands:
     """The arrays of one group of one call, native, in the problem's dtype and layout: two operands and the result.
 
-    They are C-contiguous but for channels of other groups between theirs. Names are those of a transposed convolution;
-    for the filter's gradient `filter` is the coarse operand and `output` the gradient. `packed` is what a schedule's
-    `pack` made of the filter, in the dtype of the sums, and is empty without one. `bias` is in that dtype too.
+    They are C-contiguous but for channels of other groups between theirs. `value` is the first operand: the coarse
+    array of a transposed convolution, the fine one otherwise. `filter` is the second, for the filter's gradient the
+    coarse array. `packed` is what a schedule's `pack` made of the filter, in the dtype of the sums; it is empty without
+    one. `bias` is in that dtype too.
     """
 
     value: Array
@@ -362,8 +363,12 @@ class Cut(Sequence[Range]):
 
 def must_widen(problem: Problem) -> bool:
     """Whether operands cannot be used as they lie: half precisions, and distances that BLAS' integers cannot hold."""
-    far = problem.layout == "NCDHW" and math.prod(problem.coarse) > largest_integer(problem.compute_dtype)
-    return problem.dtype != problem.compute_dtype or far
+    return problem.dtype != problem.compute_dtype or too_far(problem)
+
+
+def too_far(problem: Problem) -> bool:
+    """Whether coarse rows with channels first are further apart than BLAS' integers can say."""
+    return problem.layout == "NCDHW" and math.prod(problem.coarse) > largest_integer(problem.compute_dtype)
 
 
 def store(output: Array, result: Array) -> None:

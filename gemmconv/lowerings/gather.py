@@ -159,7 +159,8 @@ class Gather:
         rows = ((planes - 1) * pitch + lines) * self.rows_of_line
         n = problem.cin / len(self.channels)
         taps, apart = self.along_w
-        gemms = sum(1 for _ in self._gemms())
+        of_d, of_h = (sum(move.many for move in of_axis.moves) for of_axis in self.slots)
+        gemms = of_d * of_h * -(-w.kernel // taps)
         k = taps * problem.cout
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         if self.small:
@@ -300,7 +301,6 @@ def schedule(problem: Problem, machine: Machine) -> Gather:
     d, h, w = axes
     of_axes = slots(d, tiled=False), slots(h, tiled=False)
     line = w.stride * -(-((w.coarse - 1) * w.stride + w.extent) // w.stride)
-    # All phases have as many lines, so the moves that land nowhere need none: their products are of zeros.
 
     def candidate(positions: int, parts: int) -> Gather:
         height = Cut(h.coarse, min(h.coarse, max(1, positions // w.coarse)))

@@ -23,6 +23,7 @@ from gemmconv.lowerings.base import (
     address,
     canonical,
     five,
+    must_widen,
     store,
 )
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
@@ -83,7 +84,7 @@ class Gradient:
     @property
     def widens(self) -> bool:
         """Whether rows of the coarse array are widened, and sums not formed in the result."""
-        return self.problem.dtype != self.problem.compute_dtype
+        return must_widen(self.problem)
 
     @property
     def largest_product(self) -> int:

@@ -14,7 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, Box, Cut, Operands, Range, Workspace, address, canonical, five, store
+from gemmconv.lowerings.base import (
+    Array,
+    Box,
+    Cut,
+    Operands,
+    Range,
+    Workspace,
+    address,
+    canonical,
+    five,
+    store,
+    too_far,
+)
 from gemmconv.lowerings.by_rows import groups
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
 from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, workspace_bytes
@@ -79,7 +91,7 @@ class Im2Col:
     @property
     def direct(self) -> bool:
         """Whether sums are formed in the result; BLAS multiplies by a complex 1, which makes zeros of either sign."""
-        return not self.packs and self.problem.dtype.kind == "f"
+        return not self.packs and self.problem.dtype.kind == "f" and not too_far(self.problem)
 
     @property
     def largest_product(self) -> int:

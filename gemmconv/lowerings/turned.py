@@ -24,10 +24,15 @@ def turned(schedule: Callable[[Problem, Machine], S]) -> Callable[[Problem, Mach
         strides = [axis.stride for axis in problem.axes]
         if max(strides) > 1:
             raise CannotLowerError(
-                f"{problem.operation}: only strides of 1 make it a transposed convolution, which kn2row and winograd "
-                f"need, got {'x'.join(map(str, strides))}; 'im2col' and 'auto' can"
+                f"{problem.operation}: algorithm='winograd' cannot do this problem: only strides of 1 make it a "
+                f"transposed convolution, got {'x'.join(map(str, strides))}; 'im2col' and 'auto' can"
             )
-        return schedule(twin(problem), machine)
+        other = twin(problem)
+        try:
+            return schedule(other, machine)
+        except CannotLowerError as error:
+            text = str(error).replace(other.operation, problem.operation).replace("'col2im'", "'im2col'")
+            raise CannotLowerError(text) from None
 
     return for_twin
 
