@@ -371,7 +371,7 @@ def test_calibrate():
     assert len(found) == 17
     for name, shipped, measured, ratio in found:
         assert float(shipped) == pytest.approx(getattr(cost, name), rel=0.005)
-        assert float(ratio) == pytest.approx(float(measured) / float(shipped), abs=0.006, rel=0.01)
+        assert float(ratio) == pytest.approx(float(measured) / float(shipped), abs=0.01, rel=0.01)  # both are rounded
         assert float(measured) > 0 or name == "_SPILLED_VALUE_S"
 
 
