@@ -6,6 +6,7 @@ shapes are problem.py's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,30 @@ def converted(array: Array, dtype: np.dtype[Any]) -> Array:
         return np.require(np.asarray(array), dtype, ("C", "A"))
 
 
+class _Placed:
+    """What NumPy makes an array of that begins before the memory it holds."""
+
+    __slots__ = ("__array_interface__", "held")
+
+    def __init__(self, held: Array, at: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.held = held  # alive as long as arrays made of this
+        self.__array_interface__ = {
+            "data": (at, False), "shape": shape, "strides": strides, "typestr": f"|V{held.itemsize}", "version": 3,
+        }  # fmt: skip
+
+
+def placed(window: Array, origin: Sequence[int], shape: tuple[int, ...]) -> Array:
+    """Return an array of the shape of a whole in which a C-contiguous window of it lies where it belongs.
+
+    Only indices inside the window may be read or written: there is no memory for the others.
+    """
+    strides = [window.itemsize] * window.ndim
+    for i in range(window.ndim - 2, -1, -1):
+        strides[i] = strides[i + 1] * window.shape[i + 1]
+    at = window.__array_interface__["data"][0] - sum(i * step for i, step in zip(origin, strides, strict=True))
+    return np.asarray(_Placed(window, at, shape, tuple(strides))).view(window.dtype)
+
+
 def check_out(function: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Check that results can be written into `out`, without touching it; return it as a plain ndarray."""
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
@@ -105,6 +130,17 @@ def check_out(function: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[A
     if not out.flags.writeable:
         raise ValueError(f"{function}: out is read-only, but the result of shape {shape} is to be written into it")
     return out.view(np.ndarray)
+
+
+def into(
+    function: str, out: Array | None, operands: Sequence[Array], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Array | None, Array, list[Array]]:
+    """Return `out` checked, an array to compute in, which is `out` if it can be, and the operands converted."""
+    target = None if out is None else check_out(function, out, shape, dtype)
+    native = [converted(array, dtype) for array in operands]
+    if target is None or not target.flags.carray or target.dtype != dtype:
+        return target, np.empty(shape, dtype), native
+    return target, target, [array.copy() if np.may_share_memory(array, target) else array for array in native]
 
 
 def _array(function: str, name: str, given: Any) -> tuple[Array, bool]:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, profile, running
+from gemmconv import arrays, parts, profile, running
 from gemmconv.arrays import Array
 from gemmconv.lowerings import LOWERINGS, CannotLowerError, Schedule
+from gemmconv.lowerings.base import Bounds, order
 from gemmconv.lowerings.cost import total_s
 from gemmconv.machine import Machine
+from gemmconv.part import Part, bounds_of
 from gemmconv.problem import Problem
 from gemmconv.running import Packed, Progress
 
@@ -63,6 +66,9 @@ class Plan:
     workers: int
     schedule: Schedule | None
     estimates: tuple[tuple[str, float | None], ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_plan, (self.problem, self.machine, self.requested, self.workers)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -177,15 +183,27 @@ class Plan:
             If an argument does not fit the plan; nothing was touched.
         """
         name = f"plan of {self.problem.operation}"
+        x, w = self.operands(name, value, filter, self.problem.operand_shapes)
+        return self.execute(name, x, w, out, progress)
+
+    def plan_of(self, problem: Problem) -> Plan:
+        """Return a plan as this one of another problem, by another lowering where this one's cannot."""
+        try:
+            return make_plan(problem, self.machine, self.requested, self.workers)
+        except CannotLowerError:
+            return make_plan(problem, self.machine, "auto", self.workers)
+
+    def operands(self, name: str, value: Any, filter: Any, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+        """Check both operands."""
         x, w, dtype = arrays.operands(name, value, filter, self.problem.names)
-        for argument, array, shape in zip(self.problem.names, (x, w), self.problem.operand_shapes, strict=True):
+        for argument, array, shape in zip(self.problem.names, (x, w), shapes, strict=True):
             self._check(name, argument, array, shape)
         if dtype != self.dtype:
             raise TypeError(
                 f"{name}: value of {x.dtype} and filter of {w.dtype} give {dtype}, "
                 f"but the plan was made for {self.dtype}"
             )
-        return self.execute(name, x, w, out, progress)
+        return [x, w]
 
     def prepare(self, filter: Any) -> Prepared:
         """Take a filter once, for many values: what calls do with the filter beforehand is done here.
@@ -220,6 +238,102 @@ class Plan:
         kept = arrays.converted(w, self.problem.dtype).copy()
         return Prepared(self, kept, None if self.schedule is None else running.pack(self.schedule, self.problem, kept))
 
+    def part(self, box: Any) -> Part:
+        """Take a box of the result by itself: what it needs of the operands, and how it is computed from that alone.
+
+        Parameters
+        ----------
+        box : sequence of 5 slices or pairs
+            For each axis of `output_shape` the first index and the one behind the last. Slices may leave either out.
+
+        Returns
+        -------
+        Part
+            ``part.windows`` are the boxes of the operands that it needs; call it with those windows. Where the box
+            begins and ends at `cuts`, its results have the bits that they have in the whole, otherwise the same values
+            up to rounding.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the box is not one of the result.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from gemmconv import plan_conv3d_transpose
+        >>> value = np.ones((1, 100, 4, 4, 3), np.float32)
+        >>> filter = np.ones((3, 3, 3, 2, 3), np.float32)
+        >>> plan = plan_conv3d_transpose(value.shape, filter.shape, strides=2)
+        >>> part = plan.part([slice(None), (40, 60), slice(None), slice(None), slice(None)])
+        >>> part.windows[0][1], part.output_shape
+        (slice(19, 30, None), (1, 20, 8, 8, 2))
+        >>> np.array_equal(part(value[part.windows[0]], filter), plan(value, filter)[part.box])
+        True
+        """
+        return Part(self, bounds_of(f"plan of {self.problem.operation}", box, self.output_shape))
+
+    @cached_property
+    def cuts(self) -> tuple[tuple[int, ...], ...]:
+        """For each axis of the result where boxes may begin and end to hold whole blocks, from 0 to its size."""
+        role = self.problem.roles[2]
+        borders = [{0, size} for size in parts.by_meaning(self.problem.layout, role, self.output_shape)]
+        for digit in self._digits:
+            for bounds in digit:
+                for axis, (start, stop) in bounds:
+                    if start < stop:
+                        borders[axis] |= {start, stop}
+        if self.schedule is not None:
+            groups = self.schedule.problem.groups
+            each = max(borders[4]) // groups
+            borders[4] = {g * each + at for g in range(groups) for at in borders[4] if at <= each} | {groups * each}
+        return parts.by_axis(self.problem.layout, role, [tuple(sorted(of_axis)) for of_axis in borders])
+
+    @cached_property
+    def _digits(self) -> list[list[Bounds]]:
+        """The digits of a block's index in its group, with bounds on the axes of the result by meaning."""
+        if self.schedule is None:
+            return []
+        of = self.schedule.problem
+        # A schedule has its own order of the spatial axes; a filter has no batch before them.
+        first = 0 if self.problem.roles[2] == "filter" else 1
+        names = {0: 0, 4: 4} | {first + i: first + at for i, at in enumerate(order(of.axes))}
+        # Taps that are seen as channels are no axis of the result: such a problem is cut along the batch alone.
+        known = {0} if of.result_shape[1:-1] != self.output_shape[1:-1] else set(names)
+        return [
+            [tuple((names[a], span) for a, span in bounds if a in known) for bounds in digit]
+            for digit in self.schedule.digits
+        ]
+
+    def blocks_in(self, box: parts.Box) -> np.ndarray[Any, Any] | None:
+        """Return the indices of the blocks that make up a box of the result, or None where it cuts through some."""
+        role = self.problem.roles[2]
+        cuts = parts.by_meaning(self.problem.layout, role, self.cuts)
+        if self.schedule is None or not all({a, b} <= set(at) for (a, b), at in zip(box, cuts, strict=True)):
+            return None
+        groups = self.schedule.problem.groups
+        each = cuts[4][-1] // groups
+        digits: list[list[Bounds]] = [*self._digits, [()] * groups]
+        chosen, channels = [], None
+        for place, digit in enumerate(digits):
+            spatial = [[(a, span) for a, span in bounds if a != 4] for bounds in digit]
+            of_channels = [[span for a, span in bounds if a == 4] for bounds in digit]
+            if any(of_channels):
+                channels = place, [span for (span,) in of_channels]
+            inside = [all(box[a][0] <= i < j <= box[a][1] for a, (i, j) in bounds) for bounds in spatial]
+            chosen.append(np.flatnonzero(inside))
+        index = np.zeros([1] * len(digits), np.int64)
+        for values, digit in zip(np.ix_(*chosen), digits, strict=True):
+            index = index * len(digit) + values
+        group = np.ix_(*chosen)[-1]
+        start, stop = np.array([0]), np.array([each])
+        if channels is not None:
+            at, spans = channels
+            start, stop = (np.array([span[i] for span in spans])[np.ix_(*chosen)[at]] for i in (0, 1))
+        inside = (box[4][0] <= group * each + start) & (group * each + stop <= box[4][1])
+        found: np.ndarray[Any, Any] = index[np.broadcast_to(inside, index.shape)]
+        return found
+
     def _check(self, name: str, argument: str, array: Array, shape: tuple[int, ...]) -> None:
         if array.shape != shape:
             raise ValueError(f"{name}: {argument} has shape {array.shape}, but the plan was made for {shape}")
@@ -237,13 +351,7 @@ class Plan:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
         start_s = time.perf_counter()
         looking, problem = profile.current(), self.problem
-        target = None if out is None else arrays.check_out(function, out, problem.result_shape, problem.dtype)
-        operands = [arrays.converted(array, problem.dtype) for array in (value, filter)]
-        if target is not None and target.flags.carray and target.dtype == problem.dtype:
-            result = target
-            operands = [array.copy() if np.may_share_memory(array, result) else array for array in operands]
-        else:
-            result = np.empty(problem.result_shape, problem.dtype)
+        target, result, operands = arrays.into(function, out, [value, filter], problem.result_shape, problem.dtype)
         seconds = None
         if self.schedule is None:
             at = problem.layout.index("C")

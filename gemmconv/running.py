@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemmconv import profile, threads
-from gemmconv.arrays import Array
+from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
+from gemmconv.lowerings.base import Steps, order, steps_of
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 
@@ -28,6 +29,15 @@ Progress = Callable[[int, int], None]
 
 # No lock: single operations on a dict and a deque are atomic, so a fork or an interrupt cannot leave one behind.
 _idle: dict[np.dtype[Any], deque[Workspace]] = {}
+
+
+class Excerpt(NamedTuple):
+    """Some blocks of a schedule for windows of its arrays: where those begin in the wholes, on the axes of each."""
+
+    blocks: Sequence[int]
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    result: tuple[int, ...]
 
 
 class Packed(NamedTuple):
@@ -104,18 +114,36 @@ def run(
     bias: Array | None = None,
     packed: Packed | None = None,
     progress: Progress | None = None,
+    excerpt: Excerpt | None = None,
 ) -> dict[str, float] | None:
-    """Compute a result for converted operands; return the worker-seconds by phase if the call is looked at."""
+    """Compute a result for converted operands; return the worker-seconds by phase if the call is looked at.
+
+    With an excerpt the operands and the result are windows, and NotFiniteError says that other lowerings must do them.
+    """
     looking = profile.current()
     pack_s = time.perf_counter()
     if packed is None:
         packed = pack(schedule, problem, second)
     if not packed.usable or (schedule.problem.groups != problem.groups and not is_finite(first)):
+        if excerpt is not None:
+            raise NotFiniteError
         schedule = _complete(problem, machine)
         packed = pack(schedule, problem, second)
     pack_s = time.perf_counter() - pack_s
-    parts = _by_group(schedule.problem, first, packed, result, bias)
-    count = len(parts) * schedule.count
+    wholes = [first, packed.second, result]
+    along = order(schedule.problem.axes)
+    x, w, y = (
+        steps_of(problem.layout, role == "filter", array.shape, along)
+        for role, array in zip(problem.roles, wholes, strict=True)
+    )
+    if excerpt is not None:
+        shapes = problem.operand_shapes[0], packed.second.shape, problem.result_shape
+        if problem.roles[1] != "filter":
+            shapes = shapes[0], problem.operand_shapes[1], shapes[2]
+        wholes = [placed(*part) for part in zip(wholes, excerpt[1:], shapes, strict=True)]
+    parts = _by_group(schedule.problem, wholes, packed.values, (x, w, y), bias)
+    blocks: Sequence[int] = range(len(parts) * schedule.count) if excerpt is None else excerpt.blocks
+    count = len(blocks)
     workspaces = _acquire(min(workers, count), schedule.workspace_bytes, problem.compute_dtype)
     clocks = [profile.Clock() if looking else None for _ in workspaces]
     for workspace, clock in zip(workspaces, clocks, strict=True):
@@ -126,7 +154,7 @@ def run(
         clock = clocks[slot]
         if clock:
             clock.start()
-        block, group = divmod(index, len(parts))  # groups next to each other share cache lines and pages
+        block, group = divmod(blocks[index], len(parts))  # groups next to each other share cache lines and pages
         schedule.run(block, parts[group], workspaces[slot])
         if progress is not None:
             progress(next(done), count)
@@ -143,23 +171,26 @@ def run(
     run_s = time.perf_counter() - run_s
     _release(workspaces)
     if not finite:
+        if excerpt is not None:
+            raise NotFiniteError
         complete = _complete(problem, machine)
         return run(complete, problem, machine, workers, first, second, result, bias=bias, progress=progress)
     return _account([clock for clock in clocks if clock], pack_s, run_s) if looking else None
 
 
-def _by_group(problem: Problem, first: Array, packed: Packed, result: Array, bias: Array | None) -> list[Operands]:
+def _by_group(
+    problem: Problem, wholes: Sequence[Array], packed: Array, steps: tuple[Steps, Steps, Steps], bias: Array | None
+) -> list[Operands]:
     """Return the operands of each group; a bias of -0.0 counts as +0.0, as every zero result does."""
-    roles = problem.roles
     biases = None
     if bias is not None:
         biases = (bias.astype(problem.compute_dtype) + problem.compute_dtype.type(0)).reshape(problem.groups, -1)
     found = []
     for group in range(problem.groups):
-        arrays = zip(roles, (first, packed.second, result), strict=True)
+        arrays = zip(problem.roles, wholes, strict=True)
         value, filter, output = (of_group(problem, role, array, group) for role, array in arrays)
         own = None if biases is None else biases[group]
-        found.append(Operands(value, filter, output, packed.values[group], own))
+        found.append(Operands(value, filter, output, packed[group], steps, own))
     return found
 
 

@@ -7,7 +7,7 @@ writes, and a method that runs one of them in a given workspace. It parses no ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -21,6 +21,10 @@ from gemmconv.profile import Clock
 Array = np.ndarray[Any, np.dtype[Any]]
 Range = tuple[int, int]
 Index = tuple[Any, ...]
+# From each index of an array to the next, in values: [batch, depth, height, width, channel], or of a filter its axes.
+Steps = tuple[int, int, int, int, int]
+# What a block writes of the result, on some of its axes: batch, depth, height, width and channels, as 0 to 4.
+Bounds = tuple[tuple[int, Range], ...]
 T = TypeVar("T")
 
 _ALIGNMENT = 64
@@ -71,16 +75,18 @@ class Workspace:
 class Operands:
     """The arrays of one group of one call, native, in the problem's dtype and layout: two operands and the result.
 
-    They are C-contiguous but for channels of other groups between theirs. `value` is the first operand: the coarse
-    array of a transposed convolution, the fine one otherwise. `filter` is the second, for the filter's gradient the
-    coarse array. `packed` is what a schedule's `pack` made of the filter, in the dtype of the sums; it is empty without
-    one. `bias` is in that dtype too.
+    They are C-contiguous but for channels of other groups between theirs, or windows of such arrays seen at their place
+    in the whole; `steps` says what lies between their values, on axes in a schedule's order. `value` is the first
+    operand: the coarse array of a transposed convolution, the fine one otherwise. `filter` is the second, for the
+    filter's gradient the coarse array. `packed` is what a schedule's `pack` made of the filter, in the dtype of the
+    sums; it is empty without one. `bias` is in that dtype too.
     """
 
     value: Array
     filter: Array
     output: Array
     packed: Array
+    steps: tuple[Steps, Steps, Steps]
     bias: Array | None = None
 
     def start(self, channels: Range, behind: int = 0) -> Array | int:
@@ -112,6 +118,20 @@ class Schedule(Protocol):
     @property
     def count(self) -> int:
         """The number of blocks."""
+
+    @property
+    def digits(self) -> Sequence[Sequence[Bounds]]:
+        """What the digits of a block's index say, slowest first: of each of its values what such blocks write.
+
+        Bounds may be empty, where all blocks with this value write the same.
+        """
+
+    @property
+    def whole_behind(self) -> int:
+        """The first of batch, depth, height and width along which rows are taken as they lie with what is between.
+
+        Behind it whole lines and planes of the first operand are read.
+        """
 
     @property
     def workspace_bytes(self) -> int:
@@ -149,9 +169,20 @@ class AsItLies:
     __slots__ = ()
     packed_values = 0
     wants_finite_filter = False
+    whole_behind = 3
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Do nothing."""
+
+
+def digit(axis: int, spans: Iterable[Range]) -> list[Bounds]:
+    """Return the digit of blocks that write these intervals along an axis of the result."""
+    return [((axis, span),) for span in spans]
+
+
+def each(size: int) -> list[Range]:
+    """Return the intervals of single positions."""
+    return [(i, i + 1) for i in range(size)]
 
 
 class Box(NamedTuple):
@@ -220,13 +251,12 @@ class Columns:
         depth: int,
         widens: bool,
     ) -> None:
-        sizes = tuple(axis.coarse for axis in axes)
-        self.sizes = (problem.batch, sizes[0], sizes[1], sizes[2])
+        sizes = [axis.coarse for axis in axes]
         self.buffer = workspace.take(rows * taps)
         self._cin, self._depth, self._widens = problem.cin, depth, widens
         self._pitch = problem.pitch
         self._transposed = problem.layout == "NCDHW"
-        self._space = math.prod(sizes)
+        self._steps = operands.steps[0]
         self._gemm = workspace.gemm
         self._filter = operands.filter.reshape(-1, problem.cin)
         self._grid = five(problem.layout, operands.value, problem.batch, sizes, problem.cin)
@@ -240,13 +270,10 @@ class Columns:
     def locate(self, hull: Box) -> Rows:
         """Return where a hull's rows are, for any number of calls of `form`."""
         (b, _), (d, _), (h, _), (w, _) = hull
-        position = (d * self.sizes[2] + h) * self.sizes[3] + w
-        item = self._gemm.itemsize
-        if self._transposed:
-            offset, ld = b * self._pitch * self._space + position, self._space
-        else:
-            offset, ld = (b * self._space + position) * self._pitch, self._pitch
-        return Rows(hull, math.prod(hull.sizes), self._value_at + offset * item, ld)
+        of_b, of_d, of_h, of_w, of_c = self._steps
+        offset = b * of_b + d * of_d + h * of_h + w * of_w
+        ld = of_c if self._transposed else of_w
+        return Rows(hull, math.prod(hull.sizes), self._value_at + offset * self._gemm.itemsize, ld)
 
     def form(self, rows: Rows, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
         """Form the columns of rows and of pieces of the filter, with `ld` values from line to line.
@@ -297,6 +324,19 @@ def address(array: Array) -> int:
     return at
 
 
+def steps_of(layout: str, filter: bool, shape: Sequence[int], order: Sequence[int]) -> Steps:
+    """Return the steps of a C-contiguous array of a shape in the layout's order, its spatial axes in another order."""
+    behind = [1] * 5
+    for i in (3, 2, 1, 0):
+        behind[i] = behind[i + 1] * shape[i + 1]
+    if filter:
+        a, b, c = (behind[i] for i in order)
+        return a, b, c, behind[3], 1
+    first = 1 if layout == "NDHWC" else 2
+    d, h, w = (behind[first + i] for i in order)
+    return behind[0], d, h, w, 1 if first == 1 else behind[1]
+
+
 def five(layout: str, array: Array, batch: int, spatial: Sequence[int], channels: int) -> Array:
     """View a contiguous array as [batch, d, h, w, channels], whatever its layout."""
     if layout == "NDHWC":
@@ -304,19 +344,22 @@ def five(layout: str, array: Array, batch: int, spatial: Sequence[int], channels
     return array.reshape(batch, channels, *spatial).transpose(0, 2, 3, 4, 1)
 
 
+def order(axes: Sequence[Axis]) -> list[int]:
+    """Return the order in which schedules take axes: those of size one first.
+
+    Moving them changes no address, and makes the longest runs innermost.
+    """
+    return sorted(range(len(axes)), key=lambda i: not axes[i].coarse == axes[i].fine == axes[i].kernel == 1)
+
+
 def canonical(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
     """Return equivalent axes that are easier: those of size one in front, and no overlap where there is one position.
 
-    Moving axes of size one changes no address, and makes the longest runs innermost. The taps of a single coarse
-    position land apart, whatever its stride, so it can be one under which nothing overlaps.
+    The taps of a single coarse position land apart, whatever its stride, so it can be one under which nothing overlaps.
     """
-
-    def long(axis: Axis) -> bool:
-        return not axis.coarse == axis.fine == axis.kernel == 1
-
     d, h, w = (
         replace(axis, stride=axis.extent) if axis.coarse == 1 and axis.stride < axis.extent else axis
-        for axis in sorted(axes, key=long)
+        for axis in (axes[i] for i in order(axes))
     )
     return d, h, w
 

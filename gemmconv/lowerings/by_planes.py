@@ -18,6 +18,7 @@ import numpy as np
 
 from gemmconv.lowerings.base import (
     AsItLies,
+    Bounds,
     Box,
     CannotLowerError,
     Columns,
@@ -29,6 +30,8 @@ from gemmconv.lowerings.base import (
     Workspace,
     aligned,
     canonical,
+    digit,
+    each,
     five,
     must_widen,
     simplified,
@@ -93,6 +96,12 @@ class ByPlanes(AsItLies):
     @property
     def count(self) -> int:
         return self.problem.batch * math.prod(map(len, self.cuts))
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        along = enumerate(zip(self.axes, self.slots, self.cuts, strict=False), 1)
+        spatial = [digit(i, [of_axis.span(axis, q) for q in cut]) for i, (axis, of_axis, cut) in along]
+        return [digit(0, each(self.problem.batch)), *spatial]
 
     def block(self, index: int) -> Block:
         """Return a block."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from gemmconv.lowerings.base import (
     AsItLies,
+    Bounds,
     Box,
     Columns,
     Cut,
@@ -27,6 +28,7 @@ from gemmconv.lowerings.base import (
     Workspace,
     aligned,
     canonical,
+    digit,
     five,
     must_widen,
     simplified,
@@ -104,6 +106,12 @@ class ByRows(AsItLies):
     @property
     def count(self) -> int:
         return math.prod(map(len, self.cuts))
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        along = enumerate(self._by_axis(self.cuts[1:]), 1)
+        spatial = [digit(i, [of_axis.span(axis, q) for q in cut]) for i, (axis, of_axis, cut) in along]
+        return [digit(0, self.cuts[0]), *spatial]
 
     def block(self, index: int) -> Block:
         """Return a block."""

@@ -18,6 +18,7 @@ import numpy as np
 from gemmconv.lowerings.base import (
     Array,
     AsItLies,
+    Bounds,
     Box,
     Columns,
     Cut,
@@ -28,6 +29,7 @@ from gemmconv.lowerings.base import (
     Workspace,
     aligned,
     canonical,
+    digit,
     five,
     must_widen,
     simplified,
@@ -98,6 +100,26 @@ class ByTaps(AsItLies):
     @property
     def count(self) -> int:
         return math.prod(map(len, self.cuts)) * len(self.groups)
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        batch, *q, channels = self.cuts
+        spans = zip(self.axes, self._before, q, strict=True)
+        spatial = [
+            digit(i, [(max(0, a * axis.stride + o), min(axis.fine, b * axis.stride + o)) for a, b in cut])
+            for i, (axis, o, cut) in enumerate(spans, 1)
+        ]
+        groups: list[Bounds] = [()] * len(self.groups)
+        return [digit(0, batch), *spatial, digit(4, channels), groups]
+
+    @property
+    def whole_behind(self) -> int:  # type: ignore[override]
+        return next((i for i, cut in enumerate(self.cuts[:3]) if cut.longest > 1), 3)
+
+    @property
+    def _before(self) -> tuple[int, int, int]:
+        """Fine positions by which a block's region begins before its first q."""
+        return 0, 0, self.phases[2][0].offset if self.lanes > 1 else 0
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
@@ -179,8 +201,7 @@ class ByTaps(AsItLies):
         output = output[slice(*block.batch), ..., slice(*block.channels)]
         start = operands.start(block.channels)
         if self.gaps:
-            before = (0, 0, self.phases[2][0].offset if self.lanes > 1 else 0)
-            spans = zip(axes, block[1:4], before, strict=True)
+            spans = zip(axes, block[1:4], self._before, strict=True)
             output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = start
         clock = workspace.clock
         columns = workspace.once(

@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, AsItLies, Index, Operands, Workspace, aligned, five, store
+from gemmconv.lowerings.base import Array, AsItLies, Bounds, Index, Operands, Workspace, aligned, five, store
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 
@@ -32,6 +32,10 @@ class Exact(AsItLies):
     @property
     def count(self) -> int:
         return self.problem.batch * self.problem.coarse[0] if self.gathers else math.prod(self.problem.kernel)
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        return [[()] * self.count]  # it does parts by themselves
 
     @property
     def largest_product(self) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from gemmconv.blas import Gemm, small_products
 from gemmconv.lowerings.base import (
     Array,
+    Bounds,
     CannotLowerError,
     Cut,
     Operands,
@@ -29,6 +30,8 @@ from gemmconv.lowerings.base import (
     address,
     aligned,
     canonical,
+    digit,
+    each,
     five,
     store,
 )
@@ -72,6 +75,13 @@ class Gather:
     @property
     def count(self) -> int:
         return self.problem.batch * math.prod(map(len, self.cuts)) * len(self.channels)
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        batch = digit(0, each(self.problem.batch))
+        return [batch, digit(1, self.cuts[0]), digit(2, self.cuts[1]), digit(4, self.channels)]
+
+    whole_behind = 3
 
     def block(self, index: int) -> tuple[int, Range, Range, Range]:
         """Return a block: batch entry, planes, lines and channels; those of the same rows follow each other."""
@@ -203,9 +213,8 @@ class Gather:
         sums = workspace.take(rows, n)
         sums[...] = operands.start(channels)
         if self.in_place:
-            grid, ld = operands.value, problem.cout * problem.groups
-            d, h, w = (axis.coarse for axis in self.axes)
-            grid_at = address(grid) + ((batch * d + depth[0]) * h + height[0]) * w * ld * item
+            grid, (of_b, of_d, of_h, ld, _) = operands.value, operands.steps[0]
+            grid_at = address(grid) + (batch * of_b + depth[0] * of_d + height[0] * of_h) * item
         else:
             grid, ld = workspace.take(self.grid_values(sizes)), self.axes[2].stride * cf
             grid_at = address(grid)

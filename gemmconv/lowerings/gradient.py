@@ -15,6 +15,7 @@ import numpy as np
 
 from gemmconv.lowerings.base import (
     Array,
+    Bounds,
     Box,
     Cut,
     Operands,
@@ -22,6 +23,7 @@ from gemmconv.lowerings.base import (
     Workspace,
     address,
     canonical,
+    digit,
     five,
     must_widen,
     store,
@@ -65,6 +67,12 @@ class Gradient:
     @property
     def count(self) -> int:
         return len(self.taps) * len(self.channels)
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        return [[tuple(enumerate(box)) for box in self.taps], digit(4, self.channels)]
+
+    whole_behind = 0  # every row is read
 
     def block(self, index: int) -> tuple[Taps, Range]:
         """Return a block: its taps and channels."""
@@ -141,7 +149,7 @@ class Gradient:
         by_row = five(problem.layout, operands.filter, problem.batch, coarse, problem.cin)[..., slice(*channels)]
         in_place = problem.dtype.kind == "f" and not self.widens
         sums = output if in_place else workspace.take(k, n)
-        ld_sums = problem.pitch if in_place else n
+        ld_sums = operands.steps[2][3] if in_place else n
         sums[...] = 0
         to = address(sums)
         wide = workspace.take(self.rows * n) if self.widens else None
@@ -152,7 +160,7 @@ class Gradient:
                 clock("overhead")
             windows.copy(rows, taps, windows.open(rows, taps))
             part = by_row[tuple(slice(*r) for r in rows)]
-            ld = math.prod(coarse) if channels_first else problem.pitch
+            ld = operands.steps[1][4 if channels_first else 3]
             if wide is not None:
                 widened = five(problem.layout, wide[: m * n], rows.sizes[0], rows.sizes[1:], n)
                 np.copyto(widened, part, casting="unsafe")

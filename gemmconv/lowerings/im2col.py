@@ -16,6 +16,7 @@ import numpy as np
 
 from gemmconv.lowerings.base import (
     Array,
+    Bounds,
     Box,
     Cut,
     Operands,
@@ -23,6 +24,7 @@ from gemmconv.lowerings.base import (
     Workspace,
     address,
     canonical,
+    digit,
     five,
     store,
     too_far,
@@ -67,6 +69,12 @@ class Im2Col:
     @property
     def count(self) -> int:
         return math.prod(map(len, self.cuts)) * len(self.channels)
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        return [*(digit(i, cut) for i, cut in enumerate(self.cuts)), digit(4, self.channels)]
+
+    whole_behind = 3
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
@@ -151,7 +159,7 @@ class Im2Col:
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
         output = output[(*(slice(*r) for r in rows), slice(*channels))]
         if self.direct:
-            sums, ld = output, math.prod(problem.coarse) if channels_first else problem.pitch
+            sums, ld = output, operands.steps[2][4 if channels_first else 3]
         else:
             sums = five(problem.layout, workspace.take(m * n), rows.sizes[0], rows.sizes[1:], n)
             ld = m if channels_first else n

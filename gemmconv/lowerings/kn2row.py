@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 from gemmconv.blas import Gemm
 from gemmconv.lowerings.base import (
     Array,
+    Bounds,
     CannotLowerError,
     Cut,
     Index,
@@ -29,6 +31,8 @@ from gemmconv.lowerings.base import (
     address,
     aligned,
     canonical,
+    digit,
+    each,
     five,
     must_widen,
     simplified,
@@ -62,7 +66,7 @@ class Program(NamedTuple):
     """What a block does, in rows of its grid and indices of its arrays."""
 
     sizes: Sizes
-    in_place: int | None  # where its grid is in the value, if it is a run of rows as they lie
+    in_place: tuple[int, ...] | None  # where its grid is in the value, if it is a run of rows as they lie
     inside: tuple[slice, ...]  # of the grid, for `rows` of the value
     rows: Index
     products: list[tuple[int, int, int, int]]  # panel, first row of the grid, first row of the sums, rows
@@ -88,6 +92,15 @@ class Kn2Row:
     @property
     def count(self) -> int:
         return self.problem.batch * math.prod(map(len, self.cuts)) * len(self.groups) * len(self.channels)
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        boxes = (map(partial(s.span, a), cut) for s, a, cut in zip(self.slots, self.axes, self.cuts, strict=True))
+        depth, height, width = (digit(i, spans) for i, spans in enumerate(boxes, 1))
+        groups: list[Bounds] = [()] * len(self.groups)
+        return [digit(0, each(self.problem.batch)), depth, height, width, groups, digit(4, self.channels)]
+
+    whole_behind = 3
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
@@ -217,8 +230,10 @@ class Kn2Row:
             fill(as_rows(problem, grid), sizes.grid, program.inside, value)
             source = address(grid)
         else:
-            ld = math.prod(axis.coarse for axis in self.axes) if channels_first else problem.pitch
-            source = address(operands.value) + program.in_place * item
+            steps = operands.steps[0]
+            ld = steps[4] if channels_first else steps[3]
+            offset = sum(at * step for at, step in zip(program.in_place, steps, strict=False))
+            source = address(operands.value) + offset * item
         if clock:
             clock("pack")
         to = address(sums)
@@ -313,8 +328,8 @@ class Kn2Row:
         where: Index = (block.batch, *rows)
         return Program(sizes, in_place, tuple(inside), where, products, region, list(self._stores(block)))
 
-    def _in_place(self, batch: int, rows: Sequence[slice], sizes: Sizes) -> int | None:
-        """Return where a block's grid begins in the value, in values, or None if it is not there as it is."""
+    def _in_place(self, batch: int, rows: Sequence[slice], sizes: Sizes) -> tuple[int, ...] | None:
+        """Return where a block's grid begins in the value, or None if it is not there as it is."""
         if must_widen(self.problem) or any(of_axis.reach for of_axis in self.slots):
             return None
         coarse = [axis.coarse for axis in self.axes]
@@ -322,12 +337,7 @@ class Kn2Row:
         whole = [n == size for n, size in zip(found, coarse, strict=True)]
         if tuple(found) != sizes.grid or not (whole[2] or found[:2] == [1, 1]) or not (whole[1] or found[0] == 1):
             return None
-        d, h, w = (int(row.start) for row in rows)
-        position = (d * coarse[1] + h) * coarse[2] + w
-        space = math.prod(coarse)
-        if self.problem.layout == "NCDHW":
-            return batch * self.problem.pitch * space + position
-        return (batch * space + position) * self.problem.pitch
+        return batch, *(int(row.start) for row in rows)
 
     def product(self, panel: Panel, spans: Sequence[Range], sizes: Sizes) -> tuple[int, int, int] | None:
         """Return the first row of a panel's product in the grid and in the sums, and how many rows it has, if any."""

@@ -21,6 +21,7 @@ import numpy as np
 from gemmconv.blas import small_products
 from gemmconv.lowerings.base import (
     Array,
+    Bounds,
     CannotLowerError,
     Cut,
     Index,
@@ -31,6 +32,8 @@ from gemmconv.lowerings.base import (
     address,
     aligned,
     canonical,
+    digit,
+    each,
     five,
     simplified,
     store,
@@ -104,6 +107,18 @@ class Winograd:
     @property
     def count(self) -> int:
         return self.problem.batch * math.prod(map(len, self.cuts)) * len(self.lines) * len(self.inner.channels)
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        found = [digit(0, each(self.problem.batch))]
+        for i, cut in enumerate(self.cuts):
+            many = RESULTS if i == self.along else 1
+            spans = (self.slots[i].span(self.axes[i], (many * a, many * b)) for a, b in cut)
+            found.append(digit(i + 1, spans))
+        lines: list[Bounds] = [()] * len(self.lines)
+        return [*found, lines, digit(4, self.inner.channels)]
+
+    whole_behind = 3
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
