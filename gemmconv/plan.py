@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -304,6 +305,77 @@ class Plan:
             [tuple((names[a], span) for a, span in bounds if a in known) for bounds in digit]
             for digit in self.schedule.digits
         ]
+
+    def chunks(self, most_bytes: int, borders: Sequence[Sequence[int]] | None = None) -> tuple[tuple[int, ...], ...]:
+        """Cut the result in boxes each of which, with what it needs of the operands but the filter, takes few bytes.
+
+        The batch is cut first, then the spatial axes, the longest first, since neighbouring boxes both need what lies
+        at their border, and channels last, since all channels of the first operand are needed for each.
+
+        Parameters
+        ----------
+        most_bytes : int
+            Bytes of a box and of its windows together, in the plan's dtype; a filter is not counted.
+        borders : sequence of 5 sequences of int, optional
+            Where boxes may begin and end on each axis of the result; `cuts` by default, so that parts have the bits of
+            the whole.
+
+        Returns
+        -------
+        tuple of tuples of int
+            For each axis of the result the lengths of the pieces, one after the other, as Dask takes chunks.
+
+        Raises
+        ------
+        ValueError
+            If the smallest boxes that may be take more.
+
+        Examples
+        --------
+        >>> from gemmconv import plan_conv3d_transpose
+        >>> plan = plan_conv3d_transpose((1, 64, 64, 64, 16), (2, 2, 2, 8, 16), strides=2)
+        >>> len(plan.chunks(64 << 20)[1]), all(plan.part(box).on_blocks for box in plan.boxes(plan.chunks(64 << 20)))
+        (2, True)
+        """
+        at = [sorted({0, size, *own}) for size, own in zip(self.output_shape, borders or self.cuts, strict=True)]
+        role = self.problem.roles[2]
+        axes = range(len(at))
+        batch, *spatial, _ = parts.by_meaning(self.problem.layout, role, axes)
+        many = [1] * len(at)
+        while True:
+            cuts = [
+                [of_axis[len(of_axis[1:]) * i // n] for i in range(n + 1)] for of_axis, n in zip(at, many, strict=True)
+            ]
+            longest = [max(pairwise(of_axis), key=lambda span: span[1] - span[0]) for of_axis in cuts]
+            taken = self._taken(longest)
+            possible = [i for i in axes if many[i] < len(at[i]) - 1]
+            if taken <= most_bytes or not possible:
+                break
+            along = [i for i in spatial if i in possible]
+            if role != "filter" and batch in possible:
+                axis = batch
+            else:
+                axis = max(along, key=lambda i: longest[i][1] - longest[i][0]) if along else possible[-1]
+            many[axis] = min(2 * many[axis], len(at[axis]) - 1)
+        if taken > most_bytes:
+            raise ValueError(
+                f"plan of {self.problem.operation}: the smallest boxes of the result {self.output_shape} take {taken} "
+                f"bytes with what they need of the operands, more than {most_bytes}"
+            )
+        return tuple(tuple(b - a for a, b in pairwise(of_axis)) for of_axis in cuts)
+
+    def boxes(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[slice, ...]]:
+        """Yield the boxes of the result that `chunks` describes, the last axis fastest."""
+        spans = [[slice(b - n, b) for n, b in zip(of_axis, accumulate(of_axis), strict=True)] for of_axis in chunks]
+        yield from product(*spans)
+
+    def _taken(self, box: Sequence[tuple[int, int]]) -> int:
+        """Return the bytes of a box of the result and its windows."""
+        part = self.part(box)
+        taken = math.prod(part.output_shape)
+        for role, window in zip(self.problem.roles, part.windows, strict=False):
+            taken += 0 if role == "filter" else math.prod(span.stop - span.start for span in window)
+        return taken * self.problem.dtype.itemsize
 
     def blocks_in(self, box: parts.Box) -> np.ndarray[Any, Any] | None:
         """Return the indices of the blocks that make up a box of the result, or None where it cuts through some."""

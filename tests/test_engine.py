@@ -24,6 +24,7 @@ from gemmconv.lowerings import (
     CannotLowerError,
     Operands,
     Workspace,
+    base,
     by_planes,
     by_rows,
     by_taps,
@@ -31,7 +32,7 @@ from gemmconv.lowerings import (
     kn2row,
     winograd,
 )
-from gemmconv.lowerings.base import Box, Columns, Cut, order, steps_of
+from gemmconv.lowerings.base import Box, Columns, Cut
 from gemmconv.lowerings.phases import slots
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -267,8 +268,8 @@ def test_a_workspace_that_is_too_small_is_noticed():
     problem = random_problem(np.random.default_rng(14))
     schedule = plan_of(problem, "by_taps", CACHE).schedule
     shapes = problem.coarse_shape, problem.filter_shape, problem.fine_shape
-    along = order(problem.axes)
-    steps = tuple(steps_of(problem.layout, i == 1, shape, along) for i, shape in enumerate(shapes))
+    along = base.order(problem.axes)
+    steps = tuple(base.steps_of(problem.layout, i == 1, shape, along) for i, shape in enumerate(shapes))
     operands = Operands(*(np.ones(s, np.float32) for s in shapes), np.empty(0, np.float32), steps)
     small = Workspace(schedule.workspace_bytes - 64, problem.compute_dtype)
 
