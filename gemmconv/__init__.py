@@ -23,6 +23,7 @@ from gemmconv.nn import (
 )
 from gemmconv.plan import Plan, clear_cache
 from gemmconv.profile import profile
+from gemmconv.stored import compute_stored
 from gemmconv.threads import get_workers, set_workers
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "clear_cache",
     "col2im",
+    "compute_stored",
     "conv1d",
     "conv1d_transpose",
     "conv2d",

@@ -94,6 +94,19 @@ def converted(array: Array, dtype: np.dtype[Any]) -> Array:
         return np.require(np.asarray(array), dtype, ("C", "A"))
 
 
+class Unread(np.ndarray[Any, Any]):
+    """Stands for an operand of which just shape and dtype are known; `source` is what will be read for it."""
+
+    source: Any
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: np.dtype[Any], source: Any) -> Unread:
+        """Return one for a source; it takes no memory, and cannot be computed with."""
+        found = np.broadcast_to(np.empty((), dtype), shape).view(cls)
+        found.source = source
+        return found
+
+
 class _Placed:
     """What NumPy makes an array of that begins before the memory it holds."""
 
@@ -152,7 +165,7 @@ def _array(function: str, name: str, given: Any) -> tuple[Array, bool]:
     if hasattr(given, "__dask_graph__"):
         raise TypeError(
             f"{function}: {name} is a lazy array ({type(given).__qualname__}), which is not computed silently; "
-            "call .compute() on it first"
+            f"gemmconv.dask.{function} takes it, or call .compute() on it first"
         )
     leaves = set(_leaf_types(function, name, given)) if isinstance(given, list | tuple) else {type(given)}
     if bool in leaves:

@@ -5,7 +5,7 @@ Arrays of one or two spatial axes are seen as such of three, whose first have si
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,14 @@ def plan(function: str, asked: Problem, algorithm: str = "auto", workers: int | 
         raise CannotLowerError(f"{function}: {str(error).partition(': ')[2]}") from None
 
 
+class Described(NamedTuple):
+    """What would be computed of operands that are not read yet."""
+
+    plan: Plan
+    rank: int
+    operands: tuple[Array, Array]
+
+
 def compute(
     function: str,
     asked: Problem,
@@ -43,6 +51,8 @@ def compute(
     `bias` is one number for each channel of the result, in its dtype.
     """
     made = plan(function, asked, algorithm, workers)
+    if isinstance(first, arrays.Unread) or isinstance(second, arrays.Unread):
+        return Described(made, rank, (first, second))  # type: ignore[return-value]  # just for gemmconv.dask, which asks for it
     if rank == 3:
         return made.execute(function, first, second, out, bias=bias)
     x, w = (array.reshape(shape) for array, shape in zip((first, second), asked.operand_shapes, strict=True))

@@ -106,20 +106,110 @@ def _planned(args: argparse.Namespace, value: Sequence[int], filter: Sequence[in
 
 
 def _run(args: argparse.Namespace) -> int:
-    from gemmconv import arrays
+    from gemmconv import arrays, files
     from gemmconv.newfile import map_reserved, new_file
+    from gemmconv.stored import boxes_for, stored_chunks, without_data
 
-    value, filter = _load(args.value), _load(args.filter)
+    value, filter = _open(args.value), _load(args.filter)
     with _refusing(TypeError, about=f"{args.value}, {args.filter}: "):
-        dtype = arrays.common("conv3d_transpose", value, filter)
+        dtype = arrays.common("conv3d_transpose", without_data(value), without_data(filter))
     plan = _planned(args, value.shape, filter.shape, dtype)
-    with _refusing(OSError, MemoryError, about=f"{args.output}: "), new_file(Path(args.output), args.force) as path:
-        out = map_reserved(path, dtype, plan.output_shape)
-        time_s = _timed(plan, value, filter, out)
-        out.flush()
-        del out  # unmapped before it is renamed, which Windows insists on
+    to_zarr = files.is_zarr(args.output)
+    with _refusing(ValueError, about=f"--memory {args.memory}: "):
+        chunks = boxes_for(plan, args.memory, (value.dtype, filter.dtype), args.chunks and _fitting(plan, args.chunks))
+    if to_zarr or any(len(of_axis) > 1 for of_axis in chunks) or stored_chunks(value):
+        time_s = _run_in_boxes(args, plan, value, filter, chunks)
+    else:
+        if args.chunks:
+            raise _RefusedError(
+                f"--chunks {','.join(map(str, args.chunks))} is for a Zarr array, {args.output} is none"
+            )
+        value = _load(args.value)
+        with _refusing(OSError, MemoryError, about=f"{args.output}: "), new_file(Path(args.output), args.force) as path:
+            out = map_reserved(path, dtype, plan.output_shape)
+            time_s = _timed(plan, value, filter, out)
+            out.flush()
+            del out  # unmapped before it is renamed, which Windows insists on
     print(f"{args.output}: {dtype.name} {list(plan.output_shape)}, {plan.algorithm}, {_speed(plan, time_s)}")
     return 0
+
+
+def _fitting(plan: Any, chunks: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of stored chunks, at most those of the result."""
+    if len(chunks) != len(plan.output_shape) or min(chunks) < 1:
+        raise _RefusedError(f"--chunks {','.join(map(str, chunks))} must be {len(plan.output_shape)} positive integers")
+    return tuple(max(1, min(chunk, size)) for chunk, size in zip(chunks, plan.output_shape, strict=True))
+
+
+def _run_in_boxes(
+    args: argparse.Namespace, plan: Any, value: Any, filter: np.ndarray[Any, Any], chunks: Sequence[Sequence[int]]
+) -> float:
+    """Compute the result box by box, or what is left of it; return the time in seconds."""
+    from gemmconv import __version__, files
+    from gemmconv.journal import resumable
+    from gemmconv.stored import compute_stored
+
+    to_zarr, dtype, shape = files.is_zarr(args.output), plan.dtype, plan.output_shape
+    what = {
+        "value": files.identity(Path(args.value)),
+        "filter": files.identity(Path(args.filter)),
+        "problem": repr(plan.problem),
+        "machine": [repr(plan.machine), plan.algorithm],
+        "version": __version__,
+    }
+    # The stored chunks of a Zarr array are all of one size: the boxes', unless others are asked for.
+    stored = _fitting(plan, args.chunks) if args.chunks else tuple(max(1, *of_axis) for of_axis in chunks)
+    if to_zarr and not args.chunks:
+        chunks = [[min(n, size - at) for at in range(0, size, n)] or [0] for size, n in zip(shape, stored, strict=True)]
+
+    def make(path: Path) -> None:
+        if to_zarr:
+            files.make_zarr(path, shape, dtype, stored)
+        else:
+            files.make_npy(path, shape, dtype)
+
+    start = time.perf_counter()
+    try:
+        with (
+            _refusing(OSError, ValueError, MemoryError, ImportError, about=f"{args.output}: "),
+            resumable(
+                Path(args.output), what, [list(of_axis) for of_axis in chunks], make, force=args.force, folder=to_zarr
+            ) as made,
+            _Bar() as bar,
+        ):
+            out = files.open_zarr(made.path, writable=True) if to_zarr else files.NpyFile(made.path, writable=True)
+            if made.done:
+                print(f"going on: {len(made.done)} boxes of {args.output} are done", file=sys.stderr)
+            compute_stored(
+                plan, value, filter, out, chunks=made.chunks, done=made.done, finished=made.finished, progress=bar
+            )
+    except KeyboardInterrupt:
+        print(f"gemmconv: {args.output}.part holds what is done; the same command goes on with it", file=sys.stderr)
+        raise
+    return time.perf_counter() - start
+
+
+def _open(name: str) -> Any:
+    """Open a .npy file or a Zarr array, to be read in boxes."""
+    from gemmconv import files
+
+    if not files.is_zarr(name):
+        _load(name)  # what is wrong with it
+        return files.NpyFile(Path(name))
+    with (
+        _refusing(ImportError, about=f"{name} needs zarr (pip install zarr): "),
+        _refusing(OSError, ValueError, KeyError, about=f"{name} cannot be read: "),
+    ):
+        return files.open_zarr(Path(name))
+
+
+def _memory(text: str) -> int:
+    """Return a number of bytes, with K, M, G or T for powers of 1024."""
+    factor = 1024 ** ("KMGT".find(text[-1:].upper()) + 1)
+    try:
+        return int(float(text[:-1] if factor > 1 else text) * factor)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, like 500M or 2G") from None
 
 
 def _timed(plan: Any, value: np.ndarray[Any, Any], filter: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> float:
@@ -284,11 +374,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", default="float32", help="of the result (default float32)")
     plan.set_defaults(command=_plan)
 
-    run = commands.add_parser("run", parents=[convolution], help="conv3d_transpose from .npy files to a .npy file")
-    run.add_argument("value", metavar="VALUE.npy")
+    run = commands.add_parser("run", parents=[convolution], help="conv3d_transpose from files to a file, of any size")
+    run.add_argument("value", metavar="VALUE", help="a .npy file or a .zarr array")
     run.add_argument("filter", metavar="FILTER.npy", help="D,H,W,Cout,Cin")
-    run.add_argument("--output", required=True, metavar="OUT.npy", help="written under this name when it is complete")
-    run.add_argument("--force", action="store_true", help="replace an existing OUT.npy")
+    run.add_argument(
+        "--output", required=True, metavar="OUT", help=".npy or .zarr, written under this name when it is complete"
+    )
+    run.add_argument("--force", action="store_true", help="replace an existing OUT, and what is left of an earlier run")
+    run.add_argument(
+        "--memory", type=_memory, default=_memory("256M"), metavar="BYTES",
+        help="for what is read, computed and written at once, as 500M or 2G (default 256M)",
+    )  # fmt: skip
+    run.add_argument("--chunks", type=_integers, metavar="N,D,H,W,C", help="stored chunks of a .zarr (default: boxes)")
     run.set_defaults(command=_run)
 
     demo = commands.add_parser("demo", help="up-sample a volume two-fold, timed and checked")

@@ -27,28 +27,30 @@ def new_file(final: Path, force: bool) -> Iterator[Path]:
     (`force`), or by something that is no regular file.
     """
     final = final.resolve()  # through a symbolic link: what it points to is replaced, not the link
-    _check_free(final, force)
+    check_free(final, force)
     path = final.with_name(f".gemmconv-{secrets.token_hex(8)}.tmp")
-    with _ended_by_exceptions():
+    with ended_by_exceptions():
         try:
             yield path
-            _check_free(final, force)  # it may have come to be meanwhile
+            check_free(final, force)  # it may have come to be meanwhile
             os.replace(path, final)
         finally:
             path.unlink(missing_ok=True)
 
 
-def _check_free(final: Path, force: bool) -> None:
+def check_free(final: Path, force: bool, *, folder: bool = False) -> None:
+    """Raise OSError unless a file, or a folder, may be written under this name."""
     if not final.parent.is_dir():
         raise NotADirectoryError(f"there is no folder {final.parent}")
-    if final.exists() and not final.is_file():
-        raise FileExistsError("this is not a regular file; it is left as it is")
+    kind = "folder" if folder else "file"
+    if final.exists() and not (final.is_dir() if folder else final.is_file()):
+        raise FileExistsError(f"this is not a {'folder' if folder else 'regular file'}; it is left as it is")
     if final.exists() and not force:
-        raise FileExistsError("this file exists; --force replaces it")
+        raise FileExistsError(f"this {kind} exists; --force replaces it")
 
 
 @contextlib.contextmanager
-def _ended_by_exceptions() -> Iterator[None]:
+def ended_by_exceptions() -> Iterator[None]:
     """Let a batch system's SIGTERM, or a closed terminal, end the command as Ctrl-C does: through every `finally`."""
 
     def leave(number: int, frame: object) -> NoReturn:

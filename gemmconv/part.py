@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from gemmconv.lowerings.base import order
 from gemmconv.parts import Box, Piece, by_axis, by_meaning, hull, pieces
 from gemmconv.problem import Role, integers
 from gemmconv.running import Excerpt, Progress
-
-if TYPE_CHECKING:
-    from gemmconv.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +37,7 @@ class Part:
         The box: first index and the one behind the last on each axis of the result.
     """
 
-    plan: Plan
+    plan: Any  # a Plan, whose module imports this one
     bounds: tuple[tuple[int, int], ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,7 +74,8 @@ class Part:
             return max((plan.workspace_bytes for _, plan in self._plans), default=0)
         schedule = self.plan.schedule
         assert schedule is not None
-        return schedule.workspace_bytes * min(self.plan.workers, len(self._blocks)) + self.plan.packed_bytes
+        taken: int = schedule.workspace_bytes * min(self.plan.workers, len(self._blocks)) + self.plan.packed_bytes
+        return taken
 
     def __call__(self, value: Any, filter: Any, out: Array | None = None, *, progress: Progress | None = None) -> Array:
         """Compute the part from windows of the operands.
@@ -142,7 +140,7 @@ class Part:
         return found if found is not None and len(found) else None
 
     @cached_property
-    def _plans(self) -> list[tuple[Piece, Plan]]:
+    def _plans(self) -> list[tuple[Piece, Any]]:
         """Its pieces with plans of their own."""
         made = pieces(self.plan.problem, self._box) if 0 not in self.output_shape else []
         return [(piece, self.plan.plan_of(piece.problem)) for piece in made]

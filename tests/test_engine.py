@@ -449,12 +449,13 @@ def test_plans_are_cached_and_forgotten():
 
 
 def test_imports_go_one_way():
-    """nn, compat, config, cli -> calls -> plan -> running -> lowerings -> problem, blas, threads, machine."""
+    """The cli -> nn, compat, stored -> calls -> plan -> part -> running -> lowerings -> problem, blas, machine."""
     package = Path(gemmconv.__file__).parent
     ranks = {
         "problem": 0, "machine": 0, "blas": 0, "arrays": 0, "newfile": 0, "demo": 0, "profile": 0, "threads": 1,
-        "lowerings": 2, "running": 3, "plan": 4, "calls": 5, "config": 5, "columns": 5, "nn": 6, "compat": 6,
-        "__init__": 7, "cli": 8, "__main__": 9,
+        "parts": 1, "journal": 1, "files": 1, "lowerings": 2, "running": 3, "part": 4, "plan": 5, "calls": 6,
+        "config": 6, "columns": 6, "stored": 6, "nn": 7, "compat": 7, "dask": 8, "__init__": 8,
+        "cli": 9, "__main__": 10,
     }  # fmt: skip
     seen = set()
     for path in sorted(package.rglob("*.py")):
