@@ -107,7 +107,7 @@ def compute_stored(
 
 
 def boxes_for(plan: Plan, memory: int, dtypes: Sequence[np.dtype[Any]], stored: Sequence[int] | None = None) -> Chunks:
-    """Return chunks of the result that `memory` is enough for, on stored chunks, and on the plan's cuts if they can be."""
+    """Return chunks of the result that `memory` is enough for, on stored chunks and, if they can be, on the cuts."""
     problem = plan.problem
     fixed = plan.workspace_bytes
     if problem.roles[1] == "filter":  # as it is read, and in the plan's dtype
