@@ -1,10 +1,11 @@
-"""The command line: `python -m bench env|run|compare|plot|vectors|calibrate|latency|import`. It parses and prints."""
+"""The command line, `python -m bench env|run|compare|plot|vectors|calibrate|latency|import|chunks`: parsing and printing."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -85,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--seconds", type=float, default=20.0, help="about how long to measure (20)")
     calibrate.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     calibrate.set_defaults(run=run_calibrate)
+    chunks = commands.add_parser("chunks", help="measure what cutting a result in chunks costs, with Dask and without")
+    chunks.add_argument("--edge", type=int, default=256, help="of the result, in voxels (256: 512 MiB)")
+    chunks.add_argument("--rounds", type=int, default=3, help="of which medians are taken (3)")
+    chunks.add_argument("--json", type=Path, metavar="OUT")
+    chunks.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
+    chunks.set_defaults(run=run_chunks)
     latency = commands.add_parser("latency", help="measure a tiny call of gemmconv")
     latency.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     latency.set_defaults(run=run_latency, timeout=60.0)
@@ -287,6 +294,23 @@ def run_latency(args: argparse.Namespace) -> int:
     for name, seconds in answer["seconds"].items():
         print(f"{name:<20}{seconds * 1e6:8.1f} us, median of {startup.CALLS}")
     return FINE
+
+
+def run_chunks(args: argparse.Namespace) -> int:
+    """Print what chunks cost."""
+    from bench import report
+    from bench.process import ROOT, environment
+
+    command = [sys.executable, "-m", "bench.chunks", str(args.edge), str(args.rounds)]
+    variables = environment(_cores(), args.keep_env) | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    found = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        raise Refused("the measurement failed; it needs pip install -e '.[bench,dask]' distributed")
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    report.print_chunks(rows, report.console())
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    return FINE if all(row["equal"] for row in rows) else WRONG
 
 
 def run_imports(args: argparse.Namespace) -> int:

@@ -250,3 +250,22 @@ def print_constants(shipped: Mapping[str, float], measured: Mapping[str, float],
     out.print(table)
     text = "Only ratios between the constants decide what is chosen: one factor for all times changes nothing."
     out.print(f"{text} Nothing was written.", style="dim")
+
+
+def print_chunks(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """What chunks cost: seconds of each route, and how many times those of its like without Dask or chunks."""
+    table = Table(title="The same result in ever smaller chunks: seconds of each route, and over the route beside it")
+    for name in ("chunk", "MiB", "tasks", *rows[0]["seconds"], "read, formula", "more MiB"):
+        table.add_column(name, justify="right")
+    like = {"boxes": "direct", "threads": "direct", "processes": "file"}
+    for row in rows:
+        seconds = row["seconds"]
+        times = [
+            f"{each:.2f}" + (f" ({each / seconds[like[name]]:.2f})" if name in like else "")
+            for name, each in seconds.items()
+        ]
+        table.add_row(
+            f"{row['chunk']}^3", f"{row['chunk_bytes'] / 2**20:.3g}", str(row["tasks"]), *times,
+            f"{row['read']:.3f}, {row['read_by_formula']:.3f}", f"{row['more_bytes'] / 2**20:.1f}",
+        )  # fmt: skip
+    out.print(table)
