@@ -1,4 +1,4 @@
-"""The command line, `python -m bench env|run|compare|plot|vectors|calibrate|latency|import|chunks`: parsing and printing."""
+"""The command line: `python -m bench env|run|compare|plot|vectors|calibrate|latency|import|chunks`. Parses, prints."""
 
 from __future__ import annotations
 
