@@ -56,7 +56,7 @@ def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
         return Packed(second, values, not schedule.wants_finite_filter or is_finite(second))
     if of.operation != problem.operation:
         second = mirrored(second, problem.groups)
-    if of.groups != problem.groups:
+    if adds_groups(schedule, problem):
         second = merged(second, problem.groups, problem.groups // of.groups)
     with np.errstate(all="ignore"):
         if schedule.packed_values:
@@ -64,9 +64,14 @@ def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
                 schedule.pack(of_group(of, "filter", second, group), to)
         # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
         looked_at = values if values.size else second
-        adds_zeros = schedule.wants_finite_filter or of.groups != problem.groups
+        adds_zeros = schedule.wants_finite_filter or adds_groups(schedule, problem)
         usable = not adds_zeros or is_finite(looked_at)
     return Packed(second, values, usable)
+
+
+def adds_groups(schedule: Schedule, problem: Problem) -> bool:
+    """Whether a schedule does several groups as one, with zeros in the filter between them."""
+    return schedule.problem.groups != problem.groups and schedule.largest_product > 0
 
 
 def mirrored(filter: Array, groups: int) -> Array:
@@ -124,7 +129,7 @@ def run(
     pack_s = time.perf_counter()
     if packed is None:
         packed = pack(schedule, problem, second)
-    if not packed.usable or (schedule.problem.groups != problem.groups and not is_finite(first)):
+    if not packed.usable or (adds_groups(schedule, problem) and not is_finite(first)):
         if excerpt is not None:
             raise NotFiniteError
         schedule = _complete(problem, machine)

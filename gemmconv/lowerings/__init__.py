@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gemmconv.lowerings import col2im, exact, gather, gradient, im2col, kn2row, winograd
+from gemmconv.lowerings import col2im, depthwise, exact, gather, gradient, im2col, kn2row, winograd
 from gemmconv.lowerings.base import CannotLowerError, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.lowerings.turned import turned
 from gemmconv.machine import Machine
@@ -12,8 +12,18 @@ from gemmconv.problem import Problem
 
 # By operation; each raises CannotLowerError for a problem it cannot do.
 LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
-    "conv3d_transpose": {"col2im": col2im.schedule, "kn2row": kn2row.schedule, "winograd": winograd.schedule},
-    "conv3d": {"im2col": im2col.schedule, "kn2row": gather.schedule, "winograd": turned(winograd.schedule)},
+    "conv3d_transpose": {
+        "col2im": col2im.schedule,
+        "kn2row": kn2row.schedule,
+        "winograd": winograd.schedule,
+        "depthwise": depthwise.schedule,
+    },
+    "conv3d": {
+        "im2col": im2col.schedule,
+        "kn2row": gather.schedule,
+        "winograd": turned(winograd.schedule),
+        "depthwise": depthwise.schedule,
+    },
     "conv3d_backprop_filter": {"im2col": gradient.schedule},
 }
 # What can do every problem of an operation with any data.

@@ -147,7 +147,7 @@ class Schedule(Protocol):
 
     @property
     def largest_product(self) -> int:
-        """The largest m*n*k of any GEMM."""
+        """The largest m*n*k of any GEMM; 0 if there is none: then groups done as one take the filter as it is."""
 
     @property
     def reason(self) -> str:

@@ -181,7 +181,8 @@ class Gather:
             phases = len(self.slots[0].offsets) * len(self.slots[1].offsets)
             values = (planes + self.slots[0].reach) * pitch * self.line * problem.cout
             strided = problem.layout == "NCDHW"
-            total += phases * copy_s(values, w.fine * problem.cout, steps=2, spilled=True, strided=strided)
+            run = problem.cout * (w.fine if problem.groups == 1 else 1)
+            total += phases * copy_s(values, run, steps=2, spilled=True, strided=strided)
         total += copy_s(rows * n, rows * n) + copy_s(planes * lines * w.coarse * n, n, spilled=True)
         return self.count * total
 

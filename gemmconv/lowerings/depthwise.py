@@ -1,0 +1,304 @@
+"""No GEMM: each tap multiplies whole runs of lines and adds them, where a result's channel sees one channel only.
+
+A product of matrices of one row and one column is none. With as many groups as channels the values of neighbouring
+channels and positions are multiplied by weights beside each other, in two passes of NumPy for each tap and block. A
+block's lines are copied to a grid with zeros around them, one for each phase where fine lines are gathered, so that
+every tap is another start in it; sums have the lines of the grid, and what is between lines is not stored. Weights are
+repeated to rows of about two thousand values, since NumPy is slow with shorter ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    Array,
+    Bounds,
+    CannotLowerError,
+    Cut,
+    Operands,
+    Range,
+    Workspace,
+    aligned,
+    canonical,
+    digit,
+    each,
+    five,
+    store,
+)
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, most_workspace_bytes, pass_s
+from gemmconv.lowerings.phases import Slots, places, slots, unreached
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# Positions of a block that are weighed, and values of a row of weights.
+_POSITIONS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_LONG_ROW = 2048
+
+
+class Tap(NamedTuple):
+    """A tap: which it is, the phase it reads, the slot it adds to, and where its run begins in the grid."""
+
+    number: int
+    phase: int
+    slot: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Depthwise:
+    """A schedule; see the module. `problem` has all groups as one, and the filter is taken as it is given."""
+
+    problem: Problem
+    axes: tuple[Axis, Axis, Axis]
+    slots: tuple[Slots, Slots, Slots]
+    gaps: bool
+    cuts: tuple[Cut, Cut, Cut]  # of q in depth, height and width: positions of a convolution's result
+    repeats: int  # channels of the result that see the same channel
+
+    wants_finite_filter = True
+    whole_behind = 3
+    largest_product = 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it is a convolution."""
+        return self.problem.operation == "conv3d"
+
+    @property
+    def channels(self) -> int:
+        """Channels of the result, and of the grid."""
+        return self.problem.cin if self.gathers else self.problem.cout
+
+    @property
+    def count(self) -> int:
+        return self.problem.batch * math.prod(map(len, self.cuts))
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        found = [digit(0, each(self.problem.batch))]
+        for i, (axis, of_axis, cut) in enumerate(zip(self.axes, self.slots, self.cuts, strict=True), 1):
+            found.append(digit(i, cut if self.gathers else [of_axis.span(axis, q) for q in cut]))
+        return found
+
+    def block(self, index: int) -> tuple[int, tuple[Range, Range, Range]]:
+        """Return a block: batch entry and q."""
+        index, width = divmod(index, len(self.cuts[2]))
+        index, height = divmod(index, len(self.cuts[1]))
+        batch, depth = divmod(index, len(self.cuts[0]))
+        return batch, (self.cuts[0][depth], self.cuts[1][height], self.cuts[2][width])
+
+    @property
+    def _together(self) -> int:
+        """Rows of sums that meet one row of weights."""
+        return max(1, _LONG_ROW // self.channels) if self.problem.layout == "NDHWC" else 1
+
+    def grid(self, q: Sequence[int]) -> tuple[int, int, int]:
+        """Return the positions of a phase of the grid of a block."""
+        d, h, w = (n + of_axis.reach for n, of_axis in zip(q, self.slots, strict=True))
+        return d, h, w
+
+    def rows(self, q: Sequence[int]) -> tuple[int, int]:
+        """Return the rows of the sums of a slot, and of a phase of the grid with those that runs need behind it."""
+        depth, height, width = self.grid(q)
+        lines = (q[0] - 1) * height + q[1]
+        rows = -(-lines * width // self._together) * self._together
+        return rows, depth * height * width + rows - lines * width + self.slots[2].reach
+
+    @property
+    def _many(self) -> tuple[int, int]:
+        """Phases of the grid, and slots of the sums."""
+        found = math.prod(max(1, len(of_axis.offsets)) for of_axis in self.slots)
+        return (found, 1) if self.gathers else (1, found)
+
+    @property
+    def workspace_bytes(self) -> int:
+        (rows, grid), (phases, many) = self.rows([cut.longest for cut in self.cuts]), self._many
+        item = self.problem.compute_dtype.itemsize
+        return sum(aligned(n * self.channels * item) for n in (phases * grid, many * rows, rows))
+
+    @property
+    def packed_values(self) -> int:
+        return math.prod(self.problem.kernel) * self.channels * self._together
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Lay the weights of each tap out by the result's channels, as often as they meet a row of sums."""
+        taps = math.prod(self.problem.kernel)
+        of_tap = filter.reshape(taps, *filter.shape[3:])
+        weights = of_tap if self.gathers else of_tap.swapaxes(1, 2)
+        to = packed.reshape(taps, self._together, self.channels)
+        np.copyto(to, weights.reshape(taps, 1, self.channels), casting="unsafe")
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core; see cost.py."""
+        longest = [cut.longest for cut in self.cuts]
+        (rows, grid), (phases, many) = self.rows(longest), self._many
+        values = rows * self.channels
+        run = self.channels * self._together if self.problem.layout == "NDHWC" else rows
+        # Runs so long are as fast from the cache behind L2.
+        total = len(self._taps(longest)) * 2 * pass_s(values, run)
+        strided = self.problem.layout == "NCDHW" and self.axes[2].stride > 1
+        line = self.channels if self.axes[2].stride > 1 else self.channels * longest[2]
+        total += copy_s(2 * phases * grid * self.channels, line, steps=2 * phases, spilled=True, strided=strided)
+        total += copy_s(2 * many * values, line, steps=2 * many, spilled=True, strided=strided)
+        return self.count * total
+
+    @property
+    def reason(self) -> str:
+        rows, _ = self.rows([cut.longest for cut in self.cuts])
+        return f"runs of {rows} rows times the weights of a tap, added up"
+
+    def _taps(self, q: Sequence[int]) -> list[Tap]:
+        """Return the taps that reach anything."""
+        _, height, width = self.grid(q)
+        along = []
+        for of_axis in self.slots:
+            low, high = of_axis.shifts
+            along.append(
+                [
+                    (move.tap + i, move.slot + i, move.shift - low if self.gathers else high - move.shift)
+                    for move in of_axis.moves
+                    for i in range(move.many)
+                ]
+            )
+        many = [len(of_axis.offsets) for of_axis in self.slots]
+        kernel = [axis.kernel for axis in self.axes]
+        found = []
+        for (a, i, z_d), (b, j, z_h), (c, k, z_w) in product(*along):
+            slot = (i * many[1] + j) * many[2] + k
+            phase, slot = (slot, 0) if self.gathers else (0, slot)
+            found.append(Tap((a * kernel[1] + b) * kernel[2] + c, phase, slot, (z_d * height + z_h) * width + z_w))
+        return found
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        np.setbufsize(SMALLEST_BUFFER)
+        workspace.reset()
+        problem, clock, channels = self.problem, workspace.clock, self.channels
+        channels_first = problem.layout == "NCDHW"
+        batch, spans = self.block(index)
+        q = [stop - start for start, stop in spans]
+        (rows, length), (phases, many) = self.rows(q), self._many
+        # With channels first [channel, row], otherwise [row, channel].
+        shapes = [(n, channels, m) if channels_first else (n, m, channels) for n, m in ((phases, length), (many, rows))]
+        grid, sums = (workspace.take(*shape) for shape in shapes)
+        products = workspace.take(*shapes[1][1:])
+        self._fill(grid, operands.value, batch, spans)
+        # Sums that begin with 0 end as +0.0 where products are -0.0.
+        sums[...] = operands.start((0, channels), 1 if channels_first else 0)
+        if clock:
+            clock("pack")
+        weights = operands.packed.reshape(-1, self._together * channels)
+        for tap in self._taps(q):
+            if channels_first:
+                np.multiply(
+                    grid[tap.phase, :, tap.start : tap.start + rows], weights[tap.number, :, None], out=products
+                )
+            else:
+                row = (-1, self._together * channels)
+                source = grid[tap.phase, tap.start : tap.start + rows].reshape(row)
+                np.multiply(source, weights[tap.number], out=products.reshape(row))
+            np.add(sums[tap.slot], products, out=sums[tap.slot])
+        if clock:
+            clock("gemm")
+        self._store(sums, operands, batch, spans)
+        if clock:
+            clock("store")
+
+    def _by_position(self, rows: Array, sizes: Sequence[int]) -> Array:
+        """View rows as [depth, height, width, channel]."""
+        used = math.prod(sizes)
+        if self.problem.layout == "NCDHW":
+            return np.moveaxis(rows[:, :used].reshape(-1, *sizes), 0, 3)
+        return rows[:used].reshape(*sizes, -1)
+
+    def _fill(self, grid: Array, value: Array, batch: int, spans: Sequence[Range]) -> None:
+        """Copy the lines that a block needs to its grid, with zeros around them."""
+        problem, sizes = self.problem, self.grid([stop - start for start, stop in spans])
+        given = problem.cout if self.gathers else problem.cin
+        array = five(
+            problem.layout, value, problem.batch, [a.fine if self.gathers else a.coarse for a in self.axes], given
+        )[batch]
+        grid[...] = 0
+        offsets = [of_axis.offsets or (0,) if self.gathers else (0,) for of_axis in self.slots]
+        for rows, at in zip(grid, product(*offsets), strict=True):
+            cells = self._by_position(rows, sizes)
+            to, source = [], []
+            for axis, of_axis, offset, (q, _), size in zip(self.axes, self.slots, at, spans, sizes, strict=True):
+                step, end = (axis.stride, axis.fine) if self.gathers else (1, axis.coarse)
+                first = q + of_axis.shifts[0] if self.gathers else q - of_axis.shifts[1]
+                # Which of the positions first, first + 1, ... are in the array.
+                start = min(first + size, max(first, -(offset // step)))
+                stop = max(start, min(first + size, -((offset - end) // step)))
+                to.append(slice(start - first, stop - first))
+                source.append(slice(max(0, start * step + offset), max(0, stop * step + offset), step))
+            part = array[tuple(source)]
+            target = cells[tuple(to)]
+            if 0 not in target.shape:
+                repeated = target.reshape(*target.shape[:3], given, self.repeats)
+                np.copyto(
+                    repeated, part[: target.shape[0], : target.shape[1], : target.shape[2], :, None], casting="unsafe"
+                )
+
+    def _store(self, sums: Array, operands: Operands, batch: int, spans: Sequence[Range]) -> None:
+        """Store the sums where they belong."""
+        problem, axes = self.problem, self.axes
+        sizes = [stop - start for start, stop in spans]
+        _, height, width = self.grid(sizes)
+        fine = [axis.coarse if self.gathers else axis.fine for axis in axes]
+        output = five(problem.layout, operands.output, problem.batch, fine, self.channels)[batch]
+        if self.gaps:
+            region = tuple(slice(*s.span(a, q)) for a, s, q in zip(axes, self.slots, spans, strict=True))
+            output[region] = operands.start((0, self.channels))
+        for number, (put, taken) in self._places(spans):
+            lines = self._lines(sums[number], sizes, height, width)
+            store(output[put], lines[taken])
+
+    def _lines(self, rows: Array, q: Sequence[int], height: int, width: int) -> Array:
+        """View the sums of a slot as [depth, height, width, channel], without what lies between lines."""
+        item = rows.itemsize
+        row, channel = (item, rows.strides[0]) if self.problem.layout == "NCDHW" else (rows.strides[0], item)
+        strides = height * width * row, width * row, row, channel
+        return np.lib.stride_tricks.as_strided(rows, (*q, self.channels), strides)
+
+    def _places(self, spans: Sequence[Range]) -> Iterator[tuple[int, tuple[tuple[slice, ...], tuple[slice, ...]]]]:
+        """Yield the slots of the sums, where they are put, and which q of them."""
+        if self.gathers:
+            yield 0, (tuple(slice(*span) for span in spans), (slice(None),) * 3)
+            return
+        many = [len(of_axis.offsets) for of_axis in self.slots]
+        along = (list(places(*part)) for part in zip(self.axes, self.slots, spans, strict=True))
+        for d, h, w in product(*along):
+            yield (d.slot * many[1] + h.slot) * many[2] + w.slot, ((d.fine, h.fine, w.fine), (d.q, h.q, w.q))
+
+
+def schedule(problem: Problem, machine: Machine) -> Depthwise:
+    """Choose the blocks for a problem by cost, or raise CannotLowerError where channels see more than one."""
+    gathers = problem.operation == "conv3d"
+    seen, repeats = (problem.cout, problem.cin) if gathers else (problem.cin, problem.cout)
+    text = f"{problem.operation}: algorithm='depthwise' cannot do this problem:"
+    others = "'im2col' and 'auto' can" if gathers else "'col2im' and 'auto' can"
+    if problem.groups == 1 or seen > 1:
+        raise CannotLowerError(
+            f"{text} it needs several groups of one channel, got {problem.groups} of {seen}; {others}"
+        )
+    whole = replace(problem, groups=1, cin=problem.pitch, cout=problem.cout * problem.groups)
+    axes = canonical(problem.axes)
+    of_axes = slots(axes[0], tiled=False), slots(axes[1], tiled=False), slots(axes[2], tiled=False)
+    counts = [axis.coarse if gathers else of_axis.count for axis, of_axis in zip(axes, of_axes, strict=True)]
+    gaps = not gathers and any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True))
+
+    def candidate(positions: int) -> Depthwise:
+        chunks = (positions // (counts[1] * counts[2]), positions // counts[2], positions)
+        d, h, w = (Cut(n, min(n, max(1, chunk))) for n, chunk in zip(counts, chunks, strict=True))
+        return Depthwise(whole, axes, of_axes, gaps, (d, h, w), repeats)
+
+    found = best([candidate(n) for n in sorted({min(n, math.prod(counts)) for n in _POSITIONS})], machine)
+    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
+        raise CannotLowerError(f"{text} its blocks take {found.workspace_bytes} bytes, more than {most}; {others}")
+    return found
