@@ -207,8 +207,8 @@ def conv3d(
         Another name for `filter`.
     out, workers
         As in `conv3d_transpose`.
-    algorithm : {'auto', 'im2col', 'kn2row', 'winograd'}
-        As in `conv3d_transpose`; 'im2col' can do every problem.
+    algorithm : {'auto', 'im2col', 'kn2row', 'winograd', 'depthwise'}
+        As in `conv3d_transpose`; 'im2col' can do every problem, 'depthwise' groups of one channel.
 
     Returns
     -------

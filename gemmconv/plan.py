@@ -18,7 +18,7 @@ import numpy as np
 
 from gemmconv import arrays, parts, profile, running
 from gemmconv.arrays import Array
-from gemmconv.lowerings import LOWERINGS, CannotLowerError, Schedule
+from gemmconv.lowerings import LOWERINGS, OF_GROUPS, CannotLowerError, Schedule
 from gemmconv.lowerings.base import Bounds, order
 from gemmconv.lowerings.cost import total_s
 from gemmconv.machine import Machine
@@ -512,7 +512,8 @@ def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) 
         return Plan(problem, machine, first if algorithm == "auto" else algorithm, algorithm, workers, None)
     found: dict[str, Schedule] = {}
     costs: dict[str, float | None] = {}
-    for name in LOWERINGS[problem.operation] if algorithm == "auto" else (algorithm,):
+    possible = [name for name in LOWERINGS[problem.operation] if problem.groups > 1 or name not in OF_GROUPS]
+    for name in possible if algorithm == "auto" else (algorithm,):
         made: list[Schedule] = []
         refusals: list[CannotLowerError] = []
         for asked in _as_groups(problem):

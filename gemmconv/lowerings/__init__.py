@@ -26,9 +26,20 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
     },
     "conv3d_backprop_filter": {"im2col": gradient.schedule},
 }
+# Those that need groups: they are not weighed, nor told of, without.
+OF_GROUPS = {"depthwise"}
 # What can do every problem of an operation with any data.
 COMPLETE: dict[str, Callable[[Problem, Machine], Schedule]] = {
     "conv3d_transpose": col2im.schedule, "conv3d": exact.schedule, "conv3d_backprop_filter": exact.schedule,
 }  # fmt: skip
 
-__all__ = ["COMPLETE", "LOWERINGS", "CannotLowerError", "NotFiniteError", "Operands", "Schedule", "Workspace"]
+__all__ = [
+    "COMPLETE",
+    "LOWERINGS",
+    "OF_GROUPS",
+    "CannotLowerError",
+    "NotFiniteError",
+    "Operands",
+    "Schedule",
+    "Workspace",
+]
