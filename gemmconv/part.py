@@ -175,6 +175,8 @@ class Part:
             spans[1 + i] = (0, size) if whole else (max(0, start - more), min(size, stop + more))
         groups = schedule.problem.groups
         taken, given = result[4] // groups, sizes[4] // groups
+        if problem.roles[2] == "filter" and role == "coarse":
+            return spans[0], spans[1], spans[2], spans[3], window[4]
         first, last = self._box[4][0] // taken, -(-self._box[4][1] // taken)
         return spans[0], spans[1], spans[2], spans[3], (first * given, last * given)
 

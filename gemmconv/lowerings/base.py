@@ -28,6 +28,8 @@ Bounds = tuple[tuple[int, Range], ...]
 T = TypeVar("T")
 
 _ALIGNMENT = 64
+# Bytes of a run that NumPy copies faster as one item.
+_SHORT_BYTES = 512
 
 
 def aligned(size: int) -> int:
@@ -414,9 +416,34 @@ def too_far(problem: Problem) -> bool:
     return problem.layout == "NCDHW" and math.prod(problem.coarse) > largest_integer(problem.compute_dtype)
 
 
+def copy(to: Array, source: Array) -> None:
+    """Copy values to another array of the same shape, perhaps of another dtype.
+
+    Short runs of values on the last axis are copied as items of their own size, which takes half the time: NumPy's
+    innermost loop is then along the axis before.
+    """
+    size = source.shape[-1] * source.itemsize
+    short = (
+        source.ndim > 1
+        and source.shape == to.shape
+        and source.itemsize < size <= _SHORT_BYTES
+        and to.dtype == source.dtype
+    )
+    if short and to.strides[-1] == source.strides[-1] == source.itemsize:
+        np.copyto(as_items(to, size), as_items(source, size))
+    else:
+        np.copyto(to, source, casting="unsafe")
+
+
+def as_items(array: Array, size: int) -> Array:
+    """View contiguous values of the last axis as one item."""
+    found: Array = array.view(f"V{size}")[..., 0]
+    return found
+
+
 def store(output: Array, result: Array) -> None:
     """Write sums into the output, rounding half precisions once; a sum that rounds to zero becomes +0.0."""
-    np.copyto(output, result, casting="unsafe")
+    copy(output, result)
     if output.dtype.itemsize == 2:
         bits = output.view(np.uint16)
         np.copyto(bits, 0, where=bits == 0x8000)

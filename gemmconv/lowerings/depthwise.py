@@ -27,6 +27,7 @@ from gemmconv.lowerings.base import (
     Workspace,
     aligned,
     canonical,
+    copy,
     digit,
     each,
     five,
@@ -240,10 +241,9 @@ class Depthwise:
             part = array[tuple(source)]
             target = cells[tuple(to)]
             if 0 not in target.shape:
+                part = part[tuple(slice(n) for n in target.shape[:3])]
                 repeated = target.reshape(*target.shape[:3], given, self.repeats)
-                np.copyto(
-                    repeated, part[: target.shape[0], : target.shape[1], : target.shape[2], :, None], casting="unsafe"
-                )
+                copy(*((target, part) if self.repeats == 1 else (repeated, part[..., None])))
 
     def _store(self, sums: Array, operands: Operands, batch: int, spans: Sequence[Range]) -> None:
         """Store the sums where they belong."""

@@ -30,6 +30,7 @@ from gemmconv.lowerings.base import (
     address,
     aligned,
     canonical,
+    copy,
     digit,
     each,
     five,
@@ -181,8 +182,7 @@ class Gather:
             phases = len(self.slots[0].offsets) * len(self.slots[1].offsets)
             values = (planes + self.slots[0].reach) * pitch * self.line * problem.cout
             strided = problem.layout == "NCDHW"
-            run = problem.cout * (w.fine if problem.groups == 1 else 1)
-            total += phases * copy_s(values, run, steps=2, spilled=True, strided=strided)
+            total += phases * copy_s(values, w.fine * problem.cout, steps=2, spilled=True, strided=strided)
         total += copy_s(rows * n, rows * n) + copy_s(planes * lines * w.coarse * n, n, spilled=True)
         return self.count * total
 
@@ -294,7 +294,7 @@ class Gather:
             part = box[to_d, to_h, to_w]
             if part.shape != box.shape:
                 box[...] = 0
-            np.copyto(part, fine[from_d, from_h, from_w], casting="unsafe")
+            copy(part, fine[from_d, from_h, from_w])
 
 
 def _lines(axis: Axis, offset: int, q: int, count: int) -> tuple[slice, slice]:

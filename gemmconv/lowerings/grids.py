@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import NamedTuple
 
-import numpy as np
-
-from gemmconv.lowerings.base import Array, Range
+from gemmconv.lowerings.base import Array, Range, copy
 from gemmconv.lowerings.phases import Move, Place, Slots
 from gemmconv.problem import Axis, Problem
 
@@ -72,7 +70,7 @@ def fill(rows: Array, sizes: tuple[int, int, int], inside: tuple[slice, ...], va
     part = box[inside]
     if part.shape != box.shape:
         box[...] = 0
-    np.copyto(part, value, casting="unsafe")
+    copy(part, value)
 
 
 def side_by_side(axis: Axis, of_axis: Slots, found: Sequence[Place]) -> Iterator[tuple[int, slice, slice, int]]:

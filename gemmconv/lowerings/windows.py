@@ -11,10 +11,9 @@ import math
 from collections.abc import Sequence
 from itertools import product
 
-import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv.lowerings.base import Array, Box, Range, Workspace, address, aligned, five
+from gemmconv.lowerings.base import Array, Box, Range, Workspace, address, aligned, copy, five
 from gemmconv.problem import Axis, Problem
 
 Taps = tuple[Range, Range, Range]
@@ -53,7 +52,7 @@ class Windows:
         inside = [(max(0, a), min(axis.fine, b)) for axis, (a, b) in zip(self._axes, spans, strict=True)]
         if all(a < b for a, b in inside):
             to = [slice(a - start, b - start) for (a, b), (start, _) in zip(inside, spans, strict=True)]
-            np.copyto(grid[:, *to], fine[:, *(slice(a, b) for a, b in inside)], casting="unsafe")
+            copy(grid[:, *to], fine[:, *(slice(a, b) for a, b in inside)])
         return grid, tuple(start for start, _ in spans)
 
     def copy(self, rows: Box, taps: Taps, opened: tuple[Array, tuple[int, ...]] | None) -> None:
@@ -79,7 +78,7 @@ class Windows:
         by_row = [n * a.stride * (size > 1) for n, a, size in zip(along, self._axes, rows.sizes[1:], strict=True)]
         by_tap = [n * a.dilation * (size > 1) for n, a, size in zip(along, self._axes, many, strict=True)]
         corner = array[:, *(slice(at, None) for at in first)]
-        np.copyto(columns, as_strided(corner, columns.shape, (b, *by_row, *by_tap, c)), casting="unsafe")
+        copy(columns, as_strided(corner, columns.shape, (b, *by_row, *by_tap, c)))
 
     def _copy_taps(self, rows: Box, taps: Taps, columns: Array) -> None:
         columns[...] = 0
@@ -94,7 +93,7 @@ class Windows:
                 at = first * axis.stride + shift
                 source.append(slice(at, at + (last - first) * axis.stride, axis.stride) if first < last else slice(0))
             d, h, w = (a - start for a, (start, _) in zip(tap, taps, strict=True))
-            np.copyto(columns[..., d, h, w, :][:, *to], fine[:, *source], casting="unsafe")
+            copy(columns[..., d, h, w, :][:, *to], fine[:, *source])
 
 
 def span(axis: Axis, rows: Range, taps: Range) -> Range:
