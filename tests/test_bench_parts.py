@@ -358,3 +358,30 @@ def test_the_fastest_framework_of_each_layer_is_found():
     found = results.best_framework(ratios, 1)
     assert found == {"contenders": ["openvino", "torch"], "ratio": 1.0, "worst_layer": "a", "worst_ratio": 0.5}
     assert results.best_framework(ratios, 2) is None
+
+
+@pytest.mark.parametrize(("edge", "chunk"), [(16, 16), (16, 4), (24, 5), (10, 1)])
+def test_what_chunks_read_is_counted_by_the_definition(edge, chunk):
+    """Kernel 4, stride 2, one cell cut off on each side: coarse position i reaches 2i - 1 to 2i + 2."""
+    from bench.chunks import factor_read
+
+    read = 0
+    for start in range(0, edge, chunk):
+        cells = range(start, min(edge, start + chunk))
+        read += sum(any(2 * i - 1 + tap in cells for tap in range(4)) for i in range(edge // 2))
+    assert factor_read(edge, chunk) == pytest.approx((read / (edge // 2)) ** 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_chunks_are_measured(monkeypatch, capsys):
+    """All routes give the result, in rows of ever smaller chunks."""
+    from bench import chunks, report
+
+    monkeypatch.setattr(chunks, "HALVINGS", 2)
+    rows = list(chunks.rows(16, 1))
+    assert [row["chunk"] for row in rows] == [16, 8]
+    assert all(row["equal"] for row in rows)
+    assert all(row["read"] == pytest.approx(row["read_by_formula"]) for row in rows)
+    assert all(set(row["seconds"]) == {"direct", "boxes", "threads", "file", "processes"} for row in rows)
+    report.print_chunks(rows, report.console())
+    assert "8^3" in capsys.readouterr().out
