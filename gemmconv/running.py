@@ -129,7 +129,8 @@ def run(
     pack_s = time.perf_counter()
     if packed is None:
         packed = pack(schedule, problem, second)
-    if not packed.usable or (adds_groups(schedule, problem) and not is_finite(first)):
+    adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
+    if not packed.usable or (adds_zeros and not is_finite(first)):
         if excerpt is not None:
             raise NotFiniteError
         schedule = _complete(problem, machine)

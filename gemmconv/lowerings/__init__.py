@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gemmconv.lowerings import col2im, depthwise, exact, gather, gradient, im2col, kn2row, winograd
+from gemmconv.lowerings import col2im, correlate, depthwise, exact, gather, gradient, im2col, kn2row, winograd
 from gemmconv.lowerings.base import CannotLowerError, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.lowerings.turned import turned
 from gemmconv.machine import Machine
@@ -24,7 +24,7 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
         "winograd": turned(winograd.schedule),
         "depthwise": depthwise.schedule,
     },
-    "conv3d_backprop_filter": {"im2col": gradient.schedule},
+    "conv3d_backprop_filter": {"im2col": gradient.schedule, "kn2row": correlate.schedule},
 }
 # Those that need groups: they are not weighed, nor told of, without.
 OF_GROUPS = {"depthwise"}

@@ -148,6 +148,10 @@ class Schedule(Protocol):
         """Whether zeros are multiplied with the filter, so that Inf and NaN in it would spread."""
 
     @property
+    def wants_finite_value(self) -> bool:
+        """Whether zeros are multiplied with the first operand."""
+
+    @property
     def largest_product(self) -> int:
         """The largest m*n*k of any GEMM; 0 if there is none: then groups done as one take the filter as it is."""
 
@@ -171,6 +175,7 @@ class AsItLies:
     __slots__ = ()
     packed_values = 0
     wants_finite_filter = False
+    wants_finite_value = False
     whole_behind = 3
 
     def pack(self, filter: Array, packed: Array) -> None:

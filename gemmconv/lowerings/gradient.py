@@ -73,6 +73,7 @@ class Gradient:
         return [[tuple(enumerate(box)) for box in self.taps], digit(4, self.channels)]
 
     whole_behind = 0  # every row is read
+    wants_finite_value = False
 
     def block(self, index: int) -> tuple[Taps, Range]:
         """Return a block: its taps and channels."""
@@ -120,7 +121,7 @@ class Gradient:
         for box in self.taps:
             many = [stop - start for start, stop in box]
             k = math.prod(many) * problem.cout
-            each = copy_s(rows * k, columns_run(problem, w, box[2]), strided=strided(problem, w))
+            each = copy_s(rows * k, columns_run(problem, w, box[2]), spilled=True, strided=strided(problem, w))
             each += gemm_s(k, n, rows)
             if self.grid:
                 positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)

@@ -75,6 +75,7 @@ class Im2Col:
         return [*(digit(i, cut) for i, cut in enumerate(self.cuts)), digit(4, self.channels)]
 
     whole_behind = 3
+    wants_finite_value = False
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
@@ -137,7 +138,8 @@ class Im2Col:
         total = 0.0
         for box in self.taps:
             taps = math.prod(stop - start for start, stop in box)
-            total += copy_s(rows * taps * problem.cout, columns_run(problem, w, box[2]), strided=strided(problem, w))
+            run = columns_run(problem, w, box[2])
+            total += copy_s(rows * taps * problem.cout, run, spilled=True, strided=strided(problem, w))
             total += gemm_s(rows, problem.cin / len(self.channels), taps * problem.cout)
         positions = grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], problem.kernel)
         total += copy_s(min(self.grid, self.cuts[0].longest * positions * problem.cout), w.fine, spilled=True)

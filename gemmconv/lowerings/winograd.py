@@ -119,6 +119,7 @@ class Winograd:
         return [*found, lines, digit(4, self.inner.channels)]
 
     whole_behind = 3
+    wants_finite_value = False
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
