@@ -19,6 +19,8 @@ from gemmconv.nn import (
     conv3d_backprop_filter_v2,
     conv3d_transpose,
     conv_transpose,
+    plan_conv3d,
+    plan_conv3d_backprop_filter_v2,
     plan_conv3d_transpose,
 )
 from gemmconv.plan import Plan, clear_cache
@@ -43,6 +45,8 @@ __all__ = [
     "conv_transpose",
     "get_workers",
     "im2col",
+    "plan_conv3d",
+    "plan_conv3d_backprop_filter_v2",
     "plan_conv3d_transpose",
     "profile",
     "set_workers",

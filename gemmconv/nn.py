@@ -146,15 +146,9 @@ def plan_conv3d_transpose(
     np.float32(256.0)
     """
     function = "plan_conv3d_transpose"
-    shapes = []
-    for name, shape in (("value_shape", value_shape), ("filter_shape", filter_shape)):
-        sizes = problem.integers(f"{function}: {name}", shape)
-        if sizes and min(sizes) < 0:
-            raise ValueError(f"{function}: {name}={list(sizes)} has negative sizes, they are at least 0")
-        shapes.append(sizes)
     asked = problem.conv3d_transpose_problem(
-        shapes[0],
-        shapes[1],
+        _sizes(function, "value_shape", value_shape),
+        _sizes(function, "filter_shape", filter_shape),
         output_shape,
         strides,
         padding,
@@ -306,6 +300,103 @@ def conv3d_backprop_filter_v2(
         z.shape, filter_sizes, g.shape, strides, padding, data_format, dilations, dtype, function=function
     )
     return calls.compute(function, asked, z, g, out=out, algorithm=algorithm, workers=workers)
+
+
+def plan_conv3d(
+    input_shape: Any,
+    filter_shape: Any,
+    strides: Any,
+    padding: str,
+    data_format: str | None = "NDHWC",
+    dilations: Any = None,
+    *,
+    dtype: Any = np.float32,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> Plan:
+    """Decide how a `conv3d` of given shapes is done, without any array; as `plan_conv3d_transpose`.
+
+    Parameters
+    ----------
+    input_shape, filter_shape : sequence of 5 ints
+        Shapes of the operands, as `conv3d` takes them.
+    strides, padding, data_format, dilations, algorithm
+        As in `conv3d`.
+    dtype, workers
+        As in `plan_conv3d_transpose`.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d`.
+
+    Examples
+    --------
+    >>> from gemmconv import plan_conv3d
+    >>> plan_conv3d([1, 16, 16, 16, 8], [3, 3, 3, 8, 32], 2, "SAME").output_shape
+    (1, 8, 8, 8, 32)
+    """
+    function = "plan_conv3d"
+    shapes = _sizes(function, "input_shape", input_shape), _sizes(function, "filter_shape", filter_shape)
+    supported = arrays.supported_dtype(function, dtype)
+    asked = problem.conv3d_problem(*shapes, strides, padding, data_format, dilations, supported, function=function)
+    return calls.plan(function, asked, algorithm, workers)
+
+
+def plan_conv3d_backprop_filter_v2(
+    input_shape: Any,
+    filter_sizes: Any,
+    out_backprop_shape: Any,
+    strides: Any,
+    padding: str,
+    data_format: str | None = "NDHWC",
+    dilations: Any = None,
+    *,
+    dtype: Any = np.float32,
+    algorithm: str = "auto",
+    workers: int | None = None,
+) -> Plan:
+    """Decide how a `conv3d_backprop_filter_v2` of given shapes is done; as `plan_conv3d_transpose`.
+
+    Parameters
+    ----------
+    input_shape, out_backprop_shape : sequence of 5 ints
+        Shapes of the operands, as `conv3d_backprop_filter_v2` takes them.
+    filter_sizes, strides, padding, data_format, dilations, algorithm
+        As in that one.
+    dtype, workers
+        As in `plan_conv3d_transpose`.
+
+    Returns
+    -------
+    Plan
+        Call it as ``plan(input, out_backprop, out=None)``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `conv3d_backprop_filter_v2`.
+
+    Examples
+    --------
+    >>> from gemmconv import plan_conv3d_backprop_filter_v2
+    >>> plan_conv3d_backprop_filter_v2([1, 8, 8, 8, 4], [3, 3, 3, 4, 6], [1, 4, 4, 4, 6], 2, "SAME").output_shape
+    (3, 3, 3, 4, 6)
+    """
+    function = "plan_conv3d_backprop_filter_v2"
+    first, second = (
+        _sizes(function, name, shape)
+        for name, shape in (("input_shape", input_shape), ("out_backprop_shape", out_backprop_shape))
+    )
+    supported = arrays.supported_dtype(function, dtype)
+    asked = problem.conv3d_backprop_filter_problem(
+        first, filter_sizes, second, strides, padding, data_format, dilations, supported, function=function
+    )
+    return calls.plan(function, asked, algorithm, workers)
 
 
 def conv2d_transpose(
@@ -654,6 +745,14 @@ def _convolved(
         z.shape, w.shape, strides, padding, data_format, dilations, dtype, function=function, names=names, rank=rank
     )
     return calls.compute(function, asked, z, w, rank=rank, **how)
+
+
+def _sizes(function: str, name: str, shape: Any) -> tuple[int, ...]:
+    """Return the shape of an operand that is not there."""
+    sizes = problem.integers(f"{function}: {name}", shape)
+    if sizes and min(sizes) < 0:
+        raise ValueError(f"{function}: {name}={list(sizes)} has negative sizes, they are at least 0")
+    return sizes
 
 
 def _required(function: str, name: str, given: Any) -> None:

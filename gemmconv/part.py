@@ -6,6 +6,7 @@ have the same bits. Any other box is a problem of its own (parts.py), with a pla
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, running
+from gemmconv import arrays, profile, running
 from gemmconv.arrays import Array
 from gemmconv.lowerings import NotFiniteError
 from gemmconv.lowerings.base import order
@@ -120,13 +121,16 @@ class Part:
         first, second, origin = ([span.start for span in at] for at in (*self.windows, self.box))
         excerpt = Excerpt(blocks.tolist(), tuple(first), tuple(second), tuple(origin))
         workers = max(1, min(self.plan.workers, len(blocks)))
+        start_s, looking = time.perf_counter(), profile.current()
         try:
-            running.run(
+            seconds = running.run(
                 schedule, self.plan.problem, self.plan.machine, workers, operands[0], operands[1], result,
                 progress=progress, excerpt=excerpt,
             )  # fmt: skip
         except NotFiniteError:
             return False
+        if looking:
+            looking.add(seconds or {}, workers, time.perf_counter() - start_s, 0.0)
         return True
 
     @cached_property

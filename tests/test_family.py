@@ -846,3 +846,42 @@ def test_what_a_lowering_cannot_do_is_said_of_the_function_that_was_called():
     strides = r"^conv2d: algorithm='winograd' cannot .* got 1x2x2; 'im2col' and 'auto' can"
     with pytest.raises(ValueError, match=strides):
         gemmconv.conv2d(x, w, 2, "SAME", algorithm="winograd")
+
+
+@pytest.mark.parametrize("data_format", ["NDHWC", "NCDHW"])
+def test_plans_of_the_family_give_what_the_functions_give(data_format):
+    """The same bits, shapes, dtypes and refusals."""
+    rng = np.random.default_rng(41)
+    sizes = ((2, 7, 6, 5, 4), (3, 2, 3, 2, 6), (2, 4, 3, 3, 6))
+    shapes = [(s[0], s[4], *s[1:4]) if data_format == "NCDHW" and s is not sizes[1] else s for s in sizes]
+    z, w, g = (rng.standard_normal(shape) for shape in shapes)
+    how = {"strides": 2, "padding": "SAME", "data_format": data_format}
+    plan = gemmconv.plan_conv3d(z.shape, w.shape, dtype=np.float64, **how)
+    assert plan(z, w).tobytes() == gemmconv.conv3d(z, w, **how).tobytes()
+    plan = gemmconv.plan_conv3d_backprop_filter_v2(z.shape, w.shape, g.shape, dtype=np.float64, **how)
+    want = gemmconv.conv3d_backprop_filter_v2(z, w.shape, g, **how)
+    assert plan(z, g).tobytes() == want.tobytes()
+    assert plan.output_shape == want.shape
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "text"),
+    [
+        ("plan_conv3d", ((1, 4, 4, 4, -1), (1, 1, 1, 1, 1), 1, "SAME"), r"input_shape=\[1, 4, 4, 4, -1\] has negative"),
+        ("plan_conv3d", ((1, 4, 4, 4, 3), (1, 1, 1, 2, 1), 1, "SAME"), "2 must divide 3, into groups"),
+        ("plan_conv3d", ((1, 4, 4, 4), (1, 1, 1, 2, 1), 1, "SAME"), "input must be 5-D"),
+        (
+            "plan_conv3d_backprop_filter_v2",
+            ((1, 4, 4, 4, 2), (1, 1, 1, 2, 3), (1, 4, 4, 5, 3), 1, "SAME"),
+            r"out_backprop\.shape\[3\]=5 is out of reach",
+        ),
+        (
+            "plan_conv3d_backprop_filter_v2",
+            ((1, 4, 4, 4, 2), (1, 1, 1, 2, 3), (1, 4, 4, -4, 3), 1, "SAME"),
+            r"out_backprop_shape=\[1, 4, 4, -4, 3\] has negative sizes",
+        ),
+    ],
+)
+def test_plans_of_the_family_refuse(function, arguments, text):
+    with pytest.raises(ValueError, match=f"^{function}: .*{text}|^{function}: {text}"):
+        getattr(gemmconv, function)(*arguments)

@@ -86,6 +86,21 @@ def test_less_memory_than_a_block_takes_boxes_off_the_cuts():
         plan.chunks(10)
 
 
+def test_parts_are_seen_by_profile():
+    asked = problem()
+    plan = make_plan(asked, SMALL, "auto", 1)
+    a, b = operands_of(asked)
+    part = plan.part([(0, cuts[1]) for cuts in plan.cuts])
+    windows = a[part.windows[0]], b
+    with gemmconv.profile() as p:
+        part(*windows)
+        part(*windows)
+    assert part.on_blocks
+    assert p.calls == 2
+    assert p.seconds["gemm"] > 0
+    assert sum(p.seconds.values()) <= p.worker_seconds * 1.01
+
+
 def test_done_boxes_are_skipped_and_finished_ones_told():
     asked = problem()
     plan = make_plan(asked, SMALL, "auto", 1)
