@@ -5,6 +5,7 @@ that they compare. `_no_zeros_by_luck` fills new memory with NaN, so that a cell
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import itertools
 import math
@@ -149,7 +150,7 @@ def test_any_box_of_whole_numbers(operation, dtype):
     dtype = dtype_named(dtype)
     rng = np.random.default_rng([700, OPERATIONS.index(operation), DTYPES.index(dtype.name)])
     count, grouped, filled = {True: 0, False: 0}, 0, 0
-    for i in range(36):
+    for i in range(30):
         problem, _ = random_problem(rng, operation, dtype)
         first, second, _ = operands(rng, problem, biased=False)
         if i % 4 == 0:
@@ -190,8 +191,9 @@ def test_boxes_of_axes_that_reach_far_or_nowhere(operation):
         problem = Problem(operation, 2, cin, cout, tuple(axes), np.dtype(np.float32), LAYOUTS[i % 2], groups)
         first, second, _ = operands(rng, problem, biased=False)
         want = rounded(relation.result(problem, first, second), problem.dtype)
-        for name, plan in plans(problem, 2, 4096).items():
-            for box in (random_box(rng, want.shape), random_box(rng, want.shape), box_on(rng, plan.cuts)):
+        for name in some(rng, operation):
+            plan = forced(rng, problem, name, 2)
+            for box in [random_box(rng, want.shape), box_on(rng, plan.cuts)] if plan else []:
                 part = plan.part(box)
                 with told(name, problem, box, part.windows, part.on_blocks):
                     assert same_bits(part(*of_windows(part, first, second)), want[part.box])
@@ -246,13 +248,14 @@ def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, name):
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_parts_of_layers(operation, case):
-    """The bits of the whole in blocks of usual size, on the cuts of this machine's plans and those of small caches."""
+    """The bits of the whole in blocks of usual size, on the cuts of plans for this machine or for small caches."""
     groups, cin, cout, axes = LARGE[case]
     i = list(LARGE).index(case)
     rng = np.random.default_rng([703, i])
     problem = Problem(operation, 2, cin, cout, axes, np.dtype(np.float32), LAYOUTS[i % 2], groups)
     first, second, *_ = (normal(rng, shape, problem.dtype) for shape in relation.shapes(problem))
-    for name, plan in [*plans(problem, 2).items(), *plans(problem, 3, 1 << 16).items()]:
+    made = plans(problem, 2) if (i + OPERATIONS.index(operation)) % 2 else plans(problem, 3, 1 << 16)
+    for name, plan in made.items():
         whole = plan(first, second)
         for _ in range(2):
             part = plan.part(box_on(rng, plan.cuts))
@@ -527,7 +530,7 @@ def test_parts_of_results_that_are_not_finite(operation, name):
     """Normal data with NaN or Inf in a few cells: what the whole has, though a part's window may hold none of them."""
     rng = np.random.default_rng([710, BY_NAME.index((operation, name))])
     mixed = clean = 0
-    for i in range(35):
+    for i in range(28):
         problem = problems(operation, np.dtype(DTYPES[2 + i % 4]), GEOMETRIES[i % len(GEOMETRIES)])[rng.integers(6)]
         plan = forced(rng, problem, name, 1 + i % 3)
         if plan is None:
@@ -552,7 +555,7 @@ def test_parts_whose_filtered_operands_would_overflow(operation, name):
     """Values near the largest, whose differences overflow, and filters that bring results back: the oracle's bits."""
     rng = np.random.default_rng([711, BY_NAME.index((operation, name))])
     done = 0
-    for i in range(35):
+    for i in range(28):
         problem = problems(operation, np.dtype(np.float32), GEOMETRIES[i % len(GEOMETRIES)])[rng.integers(6)]
         plan = forced(rng, problem, name, 1 + i % 3)
         if plan is None:
@@ -565,7 +568,7 @@ def test_parts_whose_filtered_operands_would_overflow(operation, name):
             with told(i, plan, plan.schedule, box, part.on_blocks):
                 assert same_bits(part(*of_windows(part, first, second)), want[part.box])
                 done += part.on_blocks
-    assert done > 10, done
+    assert done > 3, done
 
 
 def plan_of(operation="conv3d_transpose", layout="NDHWC"):
@@ -699,14 +702,12 @@ def test_pickles(operation, dtype):
     """Of a part before and after its first call, and of its plan: the same box, windows and bits."""
     dtype = dtype_named(dtype)
     rng = np.random.default_rng([712, DTYPES.index(dtype.name)])
-    for workers, layout in enumerate(LAYOUTS, 1):
+    for i, name in enumerate(ALGORITHMS[operation]):
+        layout = LAYOUTS[(i + DTYPES.index(dtype.name)) % 2]
         problem = Problem(operation, 2, 3, 4, GEOMETRIES[1], dtype, layout, 2)
         first, second, *_ = (normal(rng, shape, dtype) for shape in relation.shapes(problem))
-        for name in ALGORITHMS[operation]:
-            try:
-                plan = make_plan(problem, Machine(2, 1 << 14, 1 << 20), name, workers)
-            except CannotLowerError:
-                continue
+        with contextlib.suppress(CannotLowerError):
+            plan = make_plan(problem, Machine(2, 1 << 14, 1 << 20), name, 2)
             whole = plan(first, second)
             other = pickle.loads(pickle.dumps(plan))
             assert other == plan
