@@ -7,6 +7,7 @@ that they compare. `_no_zeros_by_luck` fills new memory with NaN, so that a cell
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import itertools
 import math
 import mmap
@@ -63,6 +64,24 @@ WIDER = {
 GUARD = 1 << 20  # bytes on both sides of an array that may not be touched
 
 
+def drawn_problem(rng, operation, dtype):
+    """Return a small problem: any, or of single taps, of one coarse position, or of one line cut along its width."""
+    kind = rng.choice(["any", "points", "single", "line"], p=[0.7, 0.1, 0.1, 0.1])
+    if kind == "any":
+        return random_problem(rng, operation, dtype)[0]
+    groups, cin, cout = (int(n) for n in ((1, 2, 3), (2, 3, 2), (5, 1, 1), (1, 9, 40))[rng.integers(4)])
+    layout, (d, h, w) = str(rng.choice(LAYOUTS)), (int(n) for n in rng.integers(1, 6, 3))
+    if kind == "points":
+        axes = Axis(d, d, 1), Axis(h, h, 1), Axis(w, w, 1)
+    elif kind == "single":
+        axes, layout, groups = (Axis(1, d, d), Axis(1, h, h), Axis(1, w, w)), "NDHWC", 1
+    else:
+        stride, n = int(rng.integers(2, 4)), int(rng.integers(20, 80))
+        kernel, lo = stride * int(rng.integers(1, 3)), int(rng.integers(-2, 4))
+        axes = ONE, ONE, Axis(n, (n - 1) * stride + kernel - lo - int(rng.integers(-2, 4)), kernel, stride, 1, lo)
+    return Problem(operation, int(rng.integers(1, 4)), cin, cout, axes, dtype, layout, groups)
+
+
 def forced(rng, problem, name, workers=1):
     """Return a plan by a lowering, with any schedule of those it compares, on a machine with small caches; or None."""
     l2_bytes = int(rng.choice([128, 1024, 1 << 13, 1 << 16]))
@@ -77,7 +96,20 @@ def forced(rng, problem, name, workers=1):
     return None
 
 
-def some(rng, operation):
+def made(rng, operation, name, dtypes, most_blocks, many):
+    """Yield plans by a lowering for small problems that it can do, in no more than so many blocks each."""
+    found = 0
+    for _ in range(20 * many):
+        problem = drawn_problem(rng, operation, dtype_named(dtypes[found % len(dtypes)]))
+        plan = forced(rng, problem, name, 1 + found % 3) if not problem.empty else None
+        if plan is not None and plan.blocks <= most_blocks:
+            yield plan
+            found += 1
+        if found == many:
+            return
+
+
+def two(rng, operation):
     """Return the names of two lowerings, or 'auto' and one."""
     return [str(name) for name in rng.choice(ALGORITHMS[operation], 2, replace=False)]
 
@@ -151,14 +183,14 @@ def test_any_box_of_whole_numbers(operation, dtype):
     rng = np.random.default_rng([700, OPERATIONS.index(operation), DTYPES.index(dtype.name)])
     count, grouped, filled = {True: 0, False: 0}, 0, 0
     for i in range(30):
-        problem, _ = random_problem(rng, operation, dtype)
+        problem = drawn_problem(rng, operation, dtype)
         first, second, _ = operands(rng, problem, biased=False)
         if i % 4 == 0:
             first = disguised(rng, first, problem)
         if i % 4 == 2:
             second = disguised(rng, second, problem)
         want = rounded(relation.result(problem, first, second), dtype)
-        for name in some(rng, operation):
+        for name in two(rng, operation):
             plan = forced(rng, problem, name, 1 + i % 3)
             for box in [random_box(rng, want.shape), box_on(rng, plan.cuts)] if plan else []:
                 part = plan.part(box)
@@ -191,7 +223,7 @@ def test_boxes_of_axes_that_reach_far_or_nowhere(operation):
         problem = Problem(operation, 2, cin, cout, tuple(axes), np.dtype(np.float32), LAYOUTS[i % 2], groups)
         first, second, _ = operands(rng, problem, biased=False)
         want = rounded(relation.result(problem, first, second), problem.dtype)
-        for name in some(rng, operation):
+        for name in two(rng, operation):
             plan = forced(rng, problem, name, 2)
             for box in [random_box(rng, want.shape), box_on(rng, plan.cuts)] if plan else []:
                 part = plan.part(box)
@@ -207,11 +239,8 @@ def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, name):
     """
     rng = np.random.default_rng([702, BY_NAME.index((operation, name))])
     count, off, grouped = {}, 0, 0
-    for i in range(72):
-        problem, _ = random_problem(rng, operation, dtype_named(DTYPES[i % 6]))
-        plan = forced(rng, problem, name, 1 + i // 6 % 3)
-        if plan is None or plan.schedule is None or plan.blocks > 3000:
-            continue
+    for i, plan in enumerate(made(rng, operation, name, DTYPES, 3000, 48)):
+        problem = plan.problem
         first, second, *_ = (normal(rng, shape, problem.dtype) for shape in relation.shapes(problem))
         whole = plan(first, second)
         kind = type(plan.schedule).__name__
@@ -223,15 +252,15 @@ def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, name):
                     assert same_bits(part(*of_windows(part, first, second)), whole[part.box])
                 count[kind] = count.get(kind, 0) + (part.output_shape != whole.shape)
                 grouped += problem.groups > 1
-            made, blocks = np.empty_like(whole), []
+            tiled, blocks = np.empty_like(whole), []
             for box in tiling(rng, plan.cuts):
                 part = plan.part(box)
                 with told(part.bounds, part.windows):
                     assert part.on_blocks
                     totals = set()
-                    part(*of_windows(part, first, second), made[part.box], progress=lambda _, n: totals.add(n))  # noqa: B023
+                    part(*of_windows(part, first, second), tiled[part.box], progress=lambda _, n: totals.add(n))  # noqa: B023
                     blocks += totals
-            assert same_bits(made, whole)
+            assert same_bits(tiled, whole)
             assert sum(blocks) <= plan.blocks
             part = plan.part(random_box(rng, whole.shape))
             if not part.on_blocks:
@@ -239,7 +268,7 @@ def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, name):
                     got = part(*of_windows(part, first, second))
                     off += got.size > 0
                     assert agree(problem, first, second, got, whole[part.box])
-    assert off > 5, off
+    assert off > 2, off
     assert set(count) >= SCHEDULES.get((operation, name), set())
     assert min(count.values()) > 3, count
     assert grouped > 15, grouped
@@ -254,8 +283,8 @@ def test_parts_of_layers(operation, case):
     rng = np.random.default_rng([703, i])
     problem = Problem(operation, 2, cin, cout, axes, np.dtype(np.float32), LAYOUTS[i % 2], groups)
     first, second, *_ = (normal(rng, shape, problem.dtype) for shape in relation.shapes(problem))
-    made = plans(problem, 2) if (i + OPERATIONS.index(operation)) % 2 else plans(problem, 3, 1 << 16)
-    for name, plan in made.items():
+    found = plans(problem, 2) if (i + OPERATIONS.index(operation)) % 2 else plans(problem, 3, 1 << 16)
+    for name, plan in found.items():
         whole = plan(first, second)
         for _ in range(2):
             part = plan.part(box_on(rng, plan.cuts))
@@ -265,15 +294,17 @@ def test_parts_of_layers(operation, case):
 
 
 @pytest.mark.parametrize(("operation", "name"), BY_NAME)
-def test_no_block_crosses_a_cut(operation, name):
-    """What each block of the whole writes, seen after each of them, lies between neighbouring cuts on every axis."""
+def test_cuts_are_where_blocks_end(operation, name):
+    """What each block of the whole writes, seen after each of them, lies between neighbouring cuts on every axis.
+
+    There are no other such places, but where several blocks share what lies between cuts: by taps seen as channels,
+    or by phases of a stride.
+    """
     rng = np.random.default_rng([704, BY_NAME.index((operation, name))])
-    several = 0
-    for i in range(100):
-        problem, _ = random_problem(rng, operation, np.dtype(np.float64))
-        plan = forced(rng, problem, name)
-        if plan is None or plan.schedule is None or plan.blocks > 400:
-            continue
+    several = exact = 0
+    for i, plan in enumerate(made(rng, operation, name, ["float64"], 300, 60)):
+        plan = dataclasses.replace(plan, workers=1)
+        problem = plan.problem
         first, second, *_ = (normal(rng, shape, problem.dtype) for shape in relation.shapes(problem))
         out = np.full(plan.output_shape, np.nan)
         left, written = [np.isnan(out)], []
@@ -289,10 +320,14 @@ def test_no_block_crosses_a_cut(operation, name):
         with told(i, plan, plan.schedule, plan.cuts):
             for at, size in zip(plan.cuts, plan.output_shape, strict=True):
                 assert list(at) == sorted({0, size, *at})
-            for cells in written:
-                places = [np.searchsorted(at, cells[:, j], "right") for j, at in enumerate(plan.cuts)]
-                assert all(np.ptp(place) == 0 for place in places if place.size)
-    assert several > 5, several
+            shared = plan.schedule.problem.result_shape[1:-1] != plan.output_shape[1:-1]
+            shared |= any(len(digit) > 1 and not all(digit) for digit in plan.schedule.digits)
+            exact += not shared
+            for axis, (at, size) in enumerate(zip(plan.cuts, plan.output_shape, strict=True)):
+                ends = [(cells[:, axis].min(), cells[:, axis].max()) for cells in written if len(cells)]
+                free = [n for n in range(1, size) if not any(first < n <= last for first, last in ends)]
+                assert set(at[1:-1]) <= set(free) if shared else list(at[1:-1]) == free, axis
+    assert min(several, exact) > 5, (several, exact)
 
 
 def reached(problem, box):
@@ -339,7 +374,7 @@ def test_windows_are_what_the_box_needs(operation, layout):
     count, smaller = {True: 0, False: 0}, 0
     roles = relation.OPERATIONS[operation]
     for i in range(250):
-        problem, _ = random_problem(rng, operation, np.dtype(np.float32))
+        problem = drawn_problem(rng, operation, np.dtype(np.float32))
         if problem.layout != layout or problem.empty:
             continue
         plan = forced(rng, problem, str(rng.choice(ALGORITHMS[operation])))
@@ -357,10 +392,11 @@ def test_windows_are_what_the_box_needs(operation, layout):
                         continue
                     smaller += math.prod(s.stop - s.start for s in window) < math.prod(shape)
                     by_meaning = window if layout == "NDHWC" else [window[0], *window[2:], window[1]]
-                    for span, (some, between) in zip(by_meaning, needed[role], strict=True):
+                    for axis, (span, (some, between)) in enumerate(zip(by_meaning, needed[role], strict=True)):
                         inside = range(span.start, span.stop)
                         assert set(some) <= set(inside)
-                        assert part.on_blocks or list(inside) == list(between)
+                        exact = not part.on_blocks or axis == 0 or (axis == 4 and roles[2] == "filter")
+                        assert not exact or list(inside) == list(between)
     assert min(count.values()) > 30, count
     assert smaller > 30
 
@@ -388,12 +424,12 @@ def run_guarded(operation):
     dtypes = [name for name in DTYPES if name != "bfloat16"]
     count = {True: 0, False: 0}
     for i in range(64):
-        problem, _ = random_problem(rng, operation, np.dtype(dtypes[i % 5]))
+        problem = drawn_problem(rng, operation, np.dtype(dtypes[i % 5]))
         first, second, _ = operands(rng, problem, biased=False)
         if i % 10 == 0 and first.size:
             first[tuple(int(rng.integers(n)) for n in first.shape)] = np.nan
         want = rounded(relation.result(problem, first, second), problem.dtype)
-        for name in some(rng, operation):
+        for name in two(rng, operation):
             plan = forced(rng, problem, name, 1 + i % 2)
             for box in [random_box(rng, want.shape), box_on(rng, plan.cuts), box_on(rng, plan.cuts)] if plan else []:
                 part = plan.part(box)
@@ -450,7 +486,7 @@ def test_out_as_a_view_of_a_larger_array(operation, dtype):
         problem = problems(operation, dtype, geometry)[rng.integers(6)]
         first, second, _ = operands(rng, problem, biased=False)
         want = rounded(relation.result(problem, first, second), dtype)
-        for name in some(rng, operation):
+        for name in two(rng, operation):
             plan = forced(rng, problem, name, 1 + i % 2)
             for box in [random_box(rng, want.shape), box_on(rng, plan.cuts)] if plan else []:
                 part = plan.part(box)
@@ -477,7 +513,7 @@ def test_out_overlaps_windows(operation):
         problem = problems(operation, np.dtype(dtype), geometry)[rng.integers(6)]
         first, second, _ = operands(rng, problem, biased=False)
         want = rounded(relation.result(problem, first, second), dtype)
-        for name, which, step in itertools.product(some(rng, operation), (0, 1, "all"), (1, -1, 2)):
+        for name, which, step in itertools.product(two(rng, operation), (0, 1, "all"), (1, -1, 2)):
             plan = forced(rng, problem, name, 1 + i % 2)
             if plan is None:
                 continue
@@ -514,7 +550,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_whole(operation, dtype):
                 cell[channel] = slice(group * size, group * size + size)
             array[tuple(cell)] = rng.choice([np.nan, np.inf, -np.inf])
         want = rounded(relation.result(problem, first, second), dtype)
-        for name in some(rng, operation):
+        for name in two(rng, operation):
             plan = forced(rng, problem, name, 2)
             for box in [random_box(rng, want.shape), box_on(rng, plan.cuts)] if plan else []:
                 part = plan.part(box)
