@@ -31,6 +31,8 @@ _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
 _SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
+# What each run costs more that is read from memory beyond any cache, and does not follow the one before.
+_FAR_RUN_S = 60e-9
 # A value added with neither side in inner loops that are beside each other, as columns stored with channels first.
 SCATTERED_VALUE_S = 3e-9
 # NumPy copies loops shorter than its ufunc buffer through it, in blocks of the buffer's size, and that costs more than
@@ -88,10 +90,12 @@ def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
     return _PASS_STEP_S + values * (value_s + run_s / max(1, run) + spilled * _SPILLED_VALUE_S)
 
 
-def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:
+def copy_s(
+    values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False, far: bool = False
+) -> float:
     """Return the time to copy values in `steps` copies with inner loops of `run` values."""
     each = _STRIDED_VALUE_S if strided else _COPIED_VALUE_S + _COPIED_RUN_S / max(1, run)
-    return steps * _PASS_STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
+    return steps * _PASS_STEP_S + values * (each + (spilled or far) * _SPILLED_VALUE_S + far * _FAR_RUN_S / max(1, run))
 
 
 def best(schedules: Sequence[S], machine: Machine) -> S:

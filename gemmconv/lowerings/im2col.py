@@ -24,6 +24,7 @@ from gemmconv.lowerings.base import (
     Workspace,
     address,
     canonical,
+    copy,
     digit,
     five,
     store,
@@ -39,8 +40,10 @@ from gemmconv.problem import Axis, Problem
 _ROWS = (32, 64, 128, 256, 512, 1024, 2048)
 _PARTS = (1, 2, 4, 8, 16, 32)
 _WIDE = 32
-# Of the L2 cache: columns, and the grid of values they are copied from.
-_COLUMNS_SHARE, _GRID_SHARE = 0.4, 1.0
+# Of the L2 cache: columns, the filter's part of a GEMM, and the grid of values that columns are copied from.
+_COLUMNS_SHARE, _FILTER_SHARE, _GRID_SHARE = 0.4, 0.5, 1.0
+# Blocks of whole planes of the result that are weighed too, by how many of them there are.
+_BLOCKS = range(2, 9)
 
 
 class Block(NamedTuple):
@@ -60,6 +63,9 @@ class Im2Col:
     channels: Cut
     taps: tuple[Taps, ...]  # of the GEMMs of a block
     grid: int  # values
+    staged: (
+        bool  # whether the filter's part of a GEMM is brought to cache in one piece: BLAS reads it by lines of columns
+    )
 
     @property
     def packs(self) -> bool:
@@ -110,7 +116,8 @@ class Im2Col:
     def workspace_bytes(self) -> int:
         sums = 0 if self.direct else self.rows * self.channels.longest
         columns = self.rows * self.deep * self.problem.cout
-        return workspace_bytes((self.grid, columns, sums), self.problem.compute_dtype.itemsize)
+        filter = self.deep * self.problem.cout * self.channels.longest if self.staged else 0
+        return workspace_bytes((self.grid, columns, filter, sums), self.problem.compute_dtype.itemsize)
 
     @property
     def wants_finite_filter(self) -> bool:
@@ -135,15 +142,23 @@ class Im2Col:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
         problem, w = self.problem, self.axes[2]
         rows = problem.batch * math.prod(problem.coarse) / math.prod(map(len, self.cuts))
+        n, cut = problem.cin / len(self.channels), len(self.channels) > 1
         total = 0.0
         for box in self.taps:
             taps = math.prod(stop - start for start, stop in box)
-            run = columns_run(problem, w, box[2])
-            total += copy_s(rows * taps * problem.cout, run, spilled=True, strided=strided(problem, w))
-            total += gemm_s(rows, problem.cin / len(self.channels), taps * problem.cout)
+            values = rows * taps * problem.cout
+            if self.grid or not self.wants_finite_filter:
+                run = columns_run(problem, w, box[2])
+                total += copy_s(values, run, spilled=True, strided=strided(problem, w))
+            else:  # tap by tap, after zeros
+                run = columns_run(problem, w, (0, 1))
+                total += copy_s(values, run, steps=4 * taps, spilled=True, strided=strided(problem, w))
+                total += copy_s(values, values)
+            total += gemm_s(rows, n, taps * problem.cout)
+            total += copy_s(n * taps * problem.cout, n, spilled=True, far=cut) if self.staged else 0.0
         positions = grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], problem.kernel)
         total += copy_s(min(self.grid, self.cuts[0].longest * positions * problem.cout), w.fine, spilled=True)
-        values = rows * problem.cin / len(self.channels)
+        values = rows * n
         return self.count * (total + copy_s(values, problem.cin, steps=1 if self.direct else 2, spilled=True))
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
@@ -156,6 +171,7 @@ class Im2Col:
                 problem, self.axes, operands.value, workspace, self.rows * self.deep * problem.cout, self.grid
             ),
         )
+        slab = workspace.take(self.deep * problem.cout * self.channels.longest) if self.staged else None
         rows, channels = self.block(index)
         m, n = math.prod(rows.sizes), channels[1] - channels[0]
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
@@ -170,6 +186,7 @@ class Im2Col:
         taps = operands.packed if self.packs else operands.filter
         ld_taps = problem.cin if self.packs else problem.pitch
         taps_at = address(taps) + channels[0] * item
+        filter = taps.reshape(-1, problem.cin) if slab is not None else taps
         _, kh, kw = (axis.kernel for axis in self.axes)
         opened = windows.open(rows, self.window)
         for box in self.taps:
@@ -180,11 +197,16 @@ class Im2Col:
                 clock("pack")
             k = math.prod(stop - start for start, stop in box) * problem.cout
             (d, _), (h, _), (w, _) = box
-            at = taps_at + ((d * kh + h) * kw + w) * problem.cout * ld_taps * item
+            first = ((d * kh + h) * kw + w) * problem.cout
+            at, ld_at = taps_at + first * ld_taps * item, ld_taps
+            if slab is not None:
+                part = slab[: k * n].reshape(k, n)
+                copy(part, filter[first : first + k, slice(*channels)])
+                at, ld_at = address(part), n
             if channels_first:
-                gemm(n, m, k, at, ld_taps, True, windows.address, m, False, to, ld, True)
+                gemm(n, m, k, at, ld_at, True, windows.address, m, False, to, ld, True)
             else:
-                gemm(m, n, k, windows.address, k, False, at, ld_taps, False, to, ld, True)
+                gemm(m, n, k, windows.address, k, False, at, ld_at, False, to, ld, True)
             if clock:
                 clock("gemm")
         if not self.direct:
@@ -234,16 +256,21 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
     axes = canonical(problem.axes)
     item = problem.compute_dtype.itemsize
     columns = int(machine.l2_bytes * _COLUMNS_SHARE) // item
+    slab = int(machine.l2_bytes * _FILTER_SHARE) // item
     most = int(machine.l2_bytes * _GRID_SHARE) // item
-    every = problem.batch * math.prod(problem.coarse)
+    d, h, w = (axis.coarse for axis in axes)
+    every = problem.batch * d * h * w
+    streamed = math.prod(problem.filter_shape) * item > machine.l2_bytes
 
     def candidate(rows: int, parts: int) -> Im2Col:
         cuts = row_cuts(problem, axes, rows)
         longest = [cut.longest for cut in cuts]
-        taps = tap_boxes(axes, max(1, columns // (math.prod(longest) * problem.cout)))
-        grid = longest[0] * grid_values(axes, longest[1:], problem.kernel) * problem.cout
         channels = Cut(problem.cin, -(-problem.cin // parts))
-        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0)
+        each = max(math.prod(longest), channels.longest * columns // slab if streamed and every > 1 else 0)
+        taps = tap_boxes(axes, max(1, columns // (each * problem.cout)))
+        grid = longest[0] * grid_values(axes, longest[1:], problem.kernel) * problem.cout
+        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, streamed and every > 1)
 
+    planes = [-(-n // blocks) * each for n, each in ((problem.batch, d * h * w), (d, h * w)) for blocks in _BLOCKS]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
-    return best([candidate(r, n) for r in sorted({min(n, every) for n in _ROWS}) for n in parts], machine)
+    return best([candidate(r, n) for r in sorted({min(n, every) for n in (*_ROWS, *planes)}) for n in parts], machine)
