@@ -20,6 +20,7 @@ from test_random import flavoured, random_out
 
 from gemmconv import calls
 from gemmconv.lowerings import CannotLowerError
+from gemmconv.lowerings.winograd_conv import paired
 from gemmconv.machine import Machine
 from gemmconv.plan import ALGORITHMS, make_plan
 from gemmconv.problem import Axis, Problem
@@ -643,6 +644,38 @@ def test_workers_do_not_change_bits(operation, case, layout):
                 assert same_bits(out, y)
             factor = 2 if plan.algorithm == "winograd" else 1
             assert (np.abs(y - exact) <= factor * np.sqrt(terms) * UNIT * most).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("along", range(3))
+@pytest.mark.parametrize("taps", [(3, 1, 1), (4, 2, 1), (3, 2, 1), (3, 1, 2), (7, 2, 1), (5, 3, 2)])
+def test_pairs_of_results_see_no_more_than_their_taps(taps, along, layout):
+    """A convolution filtered along two axes, with its sums along the third: normal data, and data with huge elements.
+
+    The error is bounded by the data that the taps of a cell take: a point sums 2 cells and 3 taps of each axis, and 3
+    points sum to a result, so that each product occurs up to 4 times, with the largest taps in place of each.
+    """
+    kernel, stride, dilation = taps
+    axes = [Axis(7, 6 * stride + (kernel - 1) * dilation - 1, kernel, stride, dilation, 1)] * 3
+    axes[along] = Axis(5, 5, 3, 1, 1, 1)
+    problem = Problem("conv3d", 2, 10, 9, tuple(axes), np.dtype(np.float32), layout)
+    machine = Machine(2, 1 << 20, 1 << 25)
+    plan = dataclasses.replace(make_plan(problem, machine, "im2col", 2), schedule=paired(problem, machine))
+    rng = np.random.default_rng([617, along])
+    first, second, _ = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem))
+    largest = np.broadcast_to(np.abs(second).max((0, 1, 2)), second.shape)
+    for huge in (None, 1e6, -1e9, 1e12):
+        x = first.copy()
+        if huge is not None:
+            x[tuple(rng.integers(x.shape))] = huge
+        exact = relation.result(problem, x, second)
+        error = np.abs(run(plan, x, second) - exact)
+        terms = problem.cout * math.prod(axis.kernel for axis in axes)
+        with told(huge, plan.schedule):
+            assert (error <= 4 * terms * UNIT * relation.result(problem, np.abs(x), largest)).all()
+            if huge is None:
+                most = relation.result(problem, np.abs(x), np.abs(second))
+                assert (error <= 2 * np.sqrt(terms) * UNIT * most).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gemmconv.lowerings import col2im, correlate, depthwise, exact, gather, gradient, im2col, kn2row, winograd
+from gemmconv.lowerings import (
+    col2im,
+    correlate,
+    depthwise,
+    exact,
+    gather,
+    gradient,
+    im2col,
+    kn2row,
+    winograd,
+    winograd_conv,
+)
 from gemmconv.lowerings.base import CannotLowerError, NotFiniteError, Operands, Schedule, Workspace
-from gemmconv.lowerings.turned import turned
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 
@@ -21,7 +31,7 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
     "conv3d": {
         "im2col": im2col.schedule,
         "kn2row": gather.schedule,
-        "winograd": turned(winograd.schedule),
+        "winograd": winograd_conv.schedule,
         "depthwise": depthwise.schedule,
     },
     "conv3d_backprop_filter": {"im2col": gradient.schedule, "kn2row": correlate.schedule},
