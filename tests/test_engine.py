@@ -179,6 +179,37 @@ def test_no_product_is_formed_twice(order, monkeypatch):
         assert flops <= problem.flops
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("order", COL2IM)
+def test_few_rows_with_a_large_filter(order, dtype, monkeypatch):
+    """Products that are not packed, whatever the BLAS: whole pieces of the filter and what is left, in either order."""
+    monkeypatch.setattr(base, "small_products", lambda: 1_000_000)
+    formed = []
+    form = Columns._form_few
+
+    def counted(self, rows, piece, ld, tap_major):
+        formed.append((tap_major, *divmod(piece.rows, 1_000_000 // (rows.m * self._cin))))
+        form(self, rows, piece, ld, tap_major)
+
+    monkeypatch.setattr(Columns, "_form_few", counted)
+    rng = np.random.default_rng(19)
+    for n, k, s, cout, cin in [((2, 3, 4), 4, 2, 70, 300), ((1, 2, 2), 3, 1, 2, 2000), ((3, 3, 7), 3, 2, 300, 111)]:
+        for l2_bytes in (1 << 16, CACHE):
+            problem = conv3d_transpose_problem(
+                (1, *n, cin), (k, k, k, cout, cin), None, s, "SAME", "NDHWC", 1, np.dtype(dtype)
+            )
+            plan = plan_of(problem, order, l2_bytes)
+            if plan is None:
+                continue
+            value, filter = (
+                integers(rng, shape, problem.dtype) for shape in (problem.coarse_shape, problem.filter_shape)
+            )
+            assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), problem.dtype))
+    assert formed
+    assert any(whole > 1 and left for _, whole, left in formed)
+    assert {tap_major for tap_major, *_ in formed} == {order != "by_taps"} | ({False} if order == "by_rows" else set())
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_workers_do_not_change_bits(order):
     """Normal data, one and two workers, alone and while other threads compute."""

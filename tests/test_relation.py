@@ -597,6 +597,8 @@ LARGE = {
     "dilated": (2, 33, 5, (Axis(5, 9, 2, 1, 3, -1), Axis(12, 15, 3, 1, 2, 1), Axis(13, 30, 3, 2, 2, 1))),
     "pointwise": (3, 24, 40, (Axis(4, 4, 1), Axis(20, 20, 1), Axis(30, 30, 1))),
     "deep": (1, 256, 96, (Axis(2, 2, 3, 1, 1, 1), Axis(4, 4, 3, 1, 1, 1), Axis(4, 4, 3, 1, 1, 1))),
+    "few rows": (1, 300, 70, (Axis(2, 4, 4, 2, 1, 1), Axis(2, 4, 4, 2, 1, 1), Axis(5, 10, 4, 2, 1, 1))),
+    "few rows in groups": (2, 200, 40, (ONE, Axis(3, 4, 3, 1, 1, 0), Axis(4, 12, 4, 3, 1, 0))),
 }
 # Single rows, which need not be GEMM's, and more groups than there are positions.
 THIN = {

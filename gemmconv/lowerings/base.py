@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from gemmconv.blas import Gemm, largest_integer
+from gemmconv.blas import Gemm, largest_integer, small_products
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 from gemmconv.profile import Clock
@@ -30,6 +30,8 @@ T = TypeVar("T")
 _ALIGNMENT = 64
 # Bytes of a run that NumPy copies faster as one item.
 _SHORT_BYTES = 512
+# Few rows, and the least of a filter, in values, that is large beside them; and filter rows of a product, at least.
+_FEW_ROWS, _LARGE, _LEAST = 64, 1 << 15, 8
 
 
 def aligned(size: int) -> int:
@@ -245,6 +247,9 @@ class Columns:
 
     Operands in the dtype of the sums are used as they lie. Others are widened, `depth` channels at a time, into arrays
     of the workspace that hold `rows` and `taps`, never as a whole.
+
+    Where the value has few rows and the filter is large, GEMM would spend its time packing the filter. Then products
+    small enough to be formed without packing are formed in one step, from the rows turned to columns.
     """
 
     def __init__(
@@ -270,6 +275,10 @@ class Columns:
         self._rows = workspace.take(rows * depth if widens else 0)
         self._taps = workspace.take(taps * depth if widens else 0)
         self._held: tuple[Box, int] | None = None
+        self._few = few_rows(problem)
+        if self._few:
+            self._turned = workspace.take(rows * problem.cin)
+            self._across = workspace.take(rows * taps)
         # Asking an array for its address costs about as much as a small addition.
         arrays = (operands.value, operands.filter, self.buffer, self._rows, self._taps)
         self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = map(address, arrays)
@@ -290,6 +299,9 @@ class Columns:
         cin, m = self._cin, rows.m
         if not self._widens:
             for piece in pieces:
+                if self._few and m > 1 and piece.rows * cin >= _LARGE:
+                    self._form_few(rows, piece, ld, tap_major)
+                    continue
                 at = self._filter_at + piece.first * self._pitch * self._gemm.itemsize
                 self._multiply(m, cin, rows.address, rows.ld, piece, at, self._pitch, ld, tap_major, False)
             return
@@ -314,6 +326,33 @@ class Columns:
             to = self._buffer_at + piece.column * gemm.itemsize
             gemm(m, piece.rows, k, rows, ld_rows, self._transposed, taps, ld_taps, True, to, ld, accumulate)
 
+    def _form_few(self, rows: Rows, piece: Piece, ld: int, tap_major: bool) -> None:
+        """Form the columns of a piece in products that are not packed, as [tap, row]."""
+        m, n = rows.m, piece.rows
+        turned = self._turn(rows)
+        taps = self._filter[piece.first : piece.first + n]
+        if tap_major:
+            to = self.buffer[piece.column * ld : (piece.column + n) * ld].reshape(n, ld)[:, :m]
+        else:
+            to = self._across[: n * m].reshape(n, m)
+        each = min(n, small_products() // (m * self._cin))
+        even = n - n % each
+        whole = taps[:even].reshape(-1, each, self._cin)
+        np.matmul(whole, turned, out=to[:even].reshape(-1, each, m))
+        if even < n:
+            np.matmul(taps[even:], turned, out=to[even:])
+        if not tap_major:
+            np.copyto(self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + n], to.T)
+
+    def _turn(self, rows: Rows) -> Array:
+        """Return the rows of a hull as columns, unless they are what is held already."""
+        turned = self._turned[: self._cin * rows.m].reshape(self._cin, rows.m)
+        if self._held != (rows.hull, 0):
+            part = self._grid[tuple(slice(*r) for r in rows.hull)]
+            np.copyto(turned, part.reshape(rows.m, self._cin).T)
+            self._held = (rows.hull, 0)
+        return turned
+
     def _widen(self, hull: Box, start: int) -> None:
         """Widen the rows of a hull, unless they are what is held already; the layout stays."""
         if self._held == (hull, start):
@@ -323,6 +362,29 @@ class Columns:
         to = five(layout, self._rows[: part.size], part.shape[0], part.shape[1:4], part.shape[4])
         np.copyto(to, part, casting="unsafe")
         self._held = (hull, start)
+
+
+def few_rows(problem: Problem) -> bool:
+    """Whether a value has so few rows that products with a large filter are formed without packing it."""
+    rows = problem.batch * math.prod(problem.coarse)
+    return (
+        rows <= _FEW_ROWS
+        and problem.layout == "NDHWC"
+        and problem.compute_dtype.kind == "f"
+        and not must_widen(problem)
+        and math.prod(problem.filter_shape) >= _LARGE
+        and small_products() >= _LEAST * rows * problem.cin
+    )
+
+
+def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool) -> list[int]:
+    """Return the values that `Columns` takes of a workspace, one array after the other."""
+    found = [rows * taps]
+    if widens:
+        found += [rows * depth, taps * depth]
+    if few_rows(problem):
+        found += [rows * problem.cin, rows * taps]
+    return found
 
 
 def address(array: Array) -> int:

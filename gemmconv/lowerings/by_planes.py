@@ -30,15 +30,17 @@ from gemmconv.lowerings.base import (
     Workspace,
     aligned,
     canonical,
+    columns_values,
     digit,
     each,
+    few_rows,
     five,
     must_widen,
     simplified,
     store,
 )
 from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, meetings, pieces, sample
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s, products_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -117,8 +119,8 @@ class ByPlanes(AsItLies):
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
         sums = math.prod(self._sums_shape(*(cut.longest for cut in self.cuts)))
-        widened = (self.rows * self.depth, self.taps * self.depth) if self.widens else ()
-        return sum(aligned(values * item) for values in (self.rows * self.taps, sums, *widened))
+        columns = columns_values(self.problem, self.rows, self.taps, self.depth, self.widens)
+        return sum(aligned(values * item) for values in (*columns, sums))
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core: blocks in the middle, times the number of blocks; see cost.py."""
@@ -135,7 +137,7 @@ class ByPlanes(AsItLies):
             parts = max(-(-columns // self.taps), d.taps if h.taps < self.axes[1].kernel else 1)
             adds = max(1.0, moves * columns / kernel)
             lines = max(1.0, min(h.rows, self.rows / w.coarse))
-            time_s = calls * parts * gemm_s(rows / calls, columns / parts, problem.cin)
+            time_s = calls * parts * products_s(rows / calls, columns / parts, problem.cin, few_rows(problem))
             time_s += calls * adds * pass_s(rows / calls * columns / adds, lines * w.coarse, spilled=spilled)
             total += time_s * d.share * h.share * problem.batch
         stores = self.count * max(1, math.prod(len(of_axis.offsets) for of_axis in self.slots))

@@ -28,13 +28,15 @@ from gemmconv.lowerings.base import (
     Workspace,
     aligned,
     canonical,
+    columns_values,
     digit,
+    few_rows,
     five,
     must_widen,
     simplified,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s, products_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -130,8 +132,8 @@ class ByRows(AsItLies):
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
         sums = math.prod(self._sums_shape([cut.longest for cut in self.cuts]))
-        widened = (self.rows * self.depth, self.taps * self.depth) if self.widens else ()
-        return sum(aligned(values * item) for values in (self.rows * self.taps, sums, *widened))
+        columns = columns_values(self.problem, self.rows, self.taps, self.depth, self.widens)
+        return sum(aligned(values * item) for values in (*columns, sums))
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core: blocks in the middle, times the number of blocks; see cost.py."""
@@ -146,7 +148,9 @@ class ByRows(AsItLies):
             _, kh, kw = [axis.kernel for axis in self.axes]
             parts = d.taps * h.taps if w.taps < kw else d.taps if h.taps < kh else 1  # pieces of the filter
             parts = max(parts, -(-taps * problem.cout // self.taps))
-            time_s = calls * parts * gemm_s(rows / calls, taps * problem.cout / parts, problem.cin)
+            time_s = (
+                calls * parts * products_s(rows / calls, taps * problem.cout / parts, problem.cin, few_rows(problem))
+            )
             adds = math.prod(self._moves) / math.prod(problem.kernel) * taps
             time_s += calls * adds * pass_s(rows / calls * problem.cout * taps / adds, min(run, rows), spilled=spilled)
             total += time_s * len(self.cuts[0]) * d.share * h.share * w.share

@@ -29,7 +29,9 @@ from gemmconv.lowerings.base import (
     Workspace,
     aligned,
     canonical,
+    columns_values,
     digit,
+    few_rows,
     five,
     must_widen,
     simplified,
@@ -43,8 +45,8 @@ from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,
     best,
     copy_s,
-    gemm_s,
     pass_s,
+    products_s,
 )
 from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
 from gemmconv.machine import Machine
@@ -149,8 +151,8 @@ class ByTaps(AsItLies):
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
         n = self.taps * self.channels
-        widened = (self.rows * self.depth, n * self.depth) if self.widens else ()
-        return sum(aligned(values * item) for values in (self.rows * n, self._sums, *widened))
+        columns = columns_values(self.problem, self.rows, n, self.depth, self.widens)
+        return sum(aligned(values * item) for values in (*columns, self._sums))
 
     @property
     def _sums(self) -> int:
@@ -172,7 +174,7 @@ class ByTaps(AsItLies):
         # A row of the output is contiguous where all its lanes, phases and channels are stored together.
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
         steps = gemms * self.taps // self.lanes
-        total = gemms * pieces * gemm_s(rows, n / pieces, problem.cin)
+        total = gemms * pieces * products_s(rows, n / pieces, problem.cin, few_rows(problem))
         if self.direct:
             if scattered:
                 return total + steps * rows * self.lanes * self.channels * SCATTERED_VALUE_S

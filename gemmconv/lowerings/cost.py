@@ -19,6 +19,8 @@ _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
 _SMALL_FLOPS_PER_S = 180e9
 # A value of a matrix that is read once, from memory.
 _STREAMED_VALUE_S = 0.25e-9
+# A value of a large filter that small products read once.
+_READ_VALUE_S = 0.1e-9
 # A step in Python: one GEMM call, and one addition or copy with the slices it needs. More than it takes alone: threads
 # that take steps in turn wait for each other.
 _STEP_S, _PASS_STEP_S = 5e-6, 3e-6
@@ -76,6 +78,14 @@ def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
         return _STEP_S + n * k * _STREAMED_VALUE_S
     added = m * n * _SPILLED_VALUE_S if spilled else 0.0
     return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
+
+
+def products_s(m: float, n: float, k: float, few: bool) -> float:
+    """Return the time of one GEMM call, or with few rows of the products in its place; see base.Columns."""
+    if not few or m == 1:
+        return gemm_s(m, n, k)
+    turned = m * n * _STRIDED_VALUE_S
+    return 2 * _STEP_S + n * k * _READ_VALUE_S + turned + 2 * m * n * k / _SMALL_FLOPS_PER_S
 
 
 def small_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
