@@ -19,7 +19,7 @@ from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F
 from test_random import flavoured, random_out
 
 from gemmconv import calls
-from gemmconv.lowerings import CannotLowerError
+from gemmconv.lowerings import CannotLowerError, im2col
 from gemmconv.lowerings.winograd_conv import paired
 from gemmconv.machine import Machine
 from gemmconv.plan import ALGORITHMS, make_plan
@@ -646,6 +646,30 @@ def test_workers_do_not_change_bits(operation, case, layout):
                 assert same_bits(out, y)
             factor = 2 if plan.algorithm == "winograd" else 1
             assert (np.abs(y - exact) <= factor * np.sqrt(terms) * UNIT * most).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_of_few_rows_in_pieces(groups, dtype, monkeypatch):
+    """Products so small that BLAS does not pack them, whatever the BLAS: cuts of k and of the channels, even or not."""
+    cut = []
+    pieces = im2col.Im2Col._pieces
+
+    def counted(self, m, n, k):
+        found = pieces(self, m, n, k)
+        cut.append(tuple(map(len, found)))
+        return found
+
+    monkeypatch.setattr(im2col.Im2Col, "_pieces", counted)
+    rng = np.random.default_rng([618, groups])
+    for small, case in itertools.product((0, 3000, 20_000), ("few rows", "few rows in groups", "dense")):
+        monkeypatch.setattr(im2col, "small_products", lambda small=small: small)
+        _, cin, cout, axes = LARGE[case]
+        problem = Problem("conv3d", 1, cin, cout, axes, np.dtype(dtype), "NDHWC", groups)
+        plan = make_plan.__wrapped__(problem, Machine(2, 1 << 20, 1 << 25), "im2col", 2)
+        first, second, bias = operands(rng, problem, largest=2, biased=True)
+        assert same_bits(run(plan, first, second, bias), rounded(relation.result(problem, first, second, bias), dtype))
+    assert (max(k for k, _ in cut) > 1) == (max(n for _, n in cut) > 1) == (dtype != "complex64")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

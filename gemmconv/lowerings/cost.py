@@ -33,7 +33,7 @@ _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
 _SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
-# What each run costs more that is read from memory beyond any cache, and does not follow the one before.
+# What a run costs more that is read from memory, beyond any cache, and does not follow the one before.
 _FAR_RUN_S = 60e-9
 # A value added with neither side in inner loops that are beside each other, as columns stored with channels first.
 SCATTERED_VALUE_S = 3e-9
@@ -80,6 +80,16 @@ def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
     return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
 
 
+def unpacked_s(pieces: int, m: float, n: float, k: float) -> float:
+    """Return the time of a product in pieces so small that they are not packed."""
+    return pieces * _STEP_S + 2 * m * n * k / _SMALL_FLOPS_PER_S
+
+
+def streamed_s(values: float, run: float) -> float:
+    """Return what it costs more to read values in runs from memory, beyond any cache."""
+    return values * (_SPILLED_VALUE_S + _FAR_RUN_S / run)
+
+
 def products_s(m: float, n: float, k: float, few: bool) -> float:
     """Return the time of one GEMM call, or with few rows of the products in its place; see base.Columns."""
     if not few or m == 1:
@@ -100,12 +110,10 @@ def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
     return _PASS_STEP_S + values * (value_s + run_s / max(1, run) + spilled * _SPILLED_VALUE_S)
 
 
-def copy_s(
-    values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False, far: bool = False
-) -> float:
+def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:
     """Return the time to copy values in `steps` copies with inner loops of `run` values."""
     each = _STRIDED_VALUE_S if strided else _COPIED_VALUE_S + _COPIED_RUN_S / max(1, run)
-    return steps * _PASS_STEP_S + values * (each + (spilled or far) * _SPILLED_VALUE_S + far * _FAR_RUN_S / max(1, run))
+    return steps * _PASS_STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
 
 
 def best(schedules: Sequence[S], machine: Machine) -> S:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
+from gemmconv.blas import small_products
 from gemmconv.lowerings.base import (
     Array,
     Bounds,
@@ -24,14 +26,13 @@ from gemmconv.lowerings.base import (
     Workspace,
     address,
     canonical,
-    copy,
     digit,
     five,
     store,
     too_far,
 )
 from gemmconv.lowerings.by_rows import groups
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, streamed_s, unpacked_s
 from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, workspace_bytes
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -40,8 +41,10 @@ from gemmconv.problem import Axis, Problem
 _ROWS = (32, 64, 128, 256, 512, 1024, 2048)
 _PARTS = (1, 2, 4, 8, 16, 32)
 _WIDE = 32
-# Of the L2 cache: columns, the filter's part of a GEMM, and the grid of values that columns are copied from.
-_COLUMNS_SHARE, _FILTER_SHARE, _GRID_SHARE = 0.4, 0.5, 1.0
+# Of the L2 cache: columns, and the grid of values they are copied from.
+_COLUMNS_SHARE, _GRID_SHARE = 0.4, 1.0
+# Rows for which the filter is not packed, and the most channels of such a product.
+_FEW_ROWS, _FEW_CHANNELS = 128, 256
 # Blocks of whole planes of the result that are weighed too, by how many of them there are.
 _BLOCKS = range(2, 9)
 
@@ -63,9 +66,6 @@ class Im2Col:
     channels: Cut
     taps: tuple[Taps, ...]  # of the GEMMs of a block
     grid: int  # values
-    staged: (
-        bool  # whether the filter's part of a GEMM is brought to cache in one piece: BLAS reads it by lines of columns
-    )
 
     @property
     def packs(self) -> bool:
@@ -116,8 +116,7 @@ class Im2Col:
     def workspace_bytes(self) -> int:
         sums = 0 if self.direct else self.rows * self.channels.longest
         columns = self.rows * self.deep * self.problem.cout
-        filter = self.deep * self.problem.cout * self.channels.longest if self.staged else 0
-        return workspace_bytes((self.grid, columns, filter, sums), self.problem.compute_dtype.itemsize)
+        return workspace_bytes((self.grid, columns, sums), self.problem.compute_dtype.itemsize)
 
     @property
     def wants_finite_filter(self) -> bool:
@@ -143,6 +142,7 @@ class Im2Col:
         problem, w = self.problem, self.axes[2]
         rows = problem.batch * math.prod(problem.coarse) / math.prod(map(len, self.cuts))
         n, cut = problem.cin / len(self.channels), len(self.channels) > 1
+        streamed = math.prod(problem.filter_shape) * problem.compute_dtype.itemsize > machine.l2_bytes
         total = 0.0
         for box in self.taps:
             taps = math.prod(stop - start for start, stop in box)
@@ -154,8 +154,10 @@ class Im2Col:
                 run = columns_run(problem, w, (0, 1))
                 total += copy_s(values, run, steps=4 * taps, spilled=True, strided=strided(problem, w))
                 total += copy_s(values, values)
-            total += gemm_s(rows, n, taps * problem.cout)
-            total += copy_s(n * taps * problem.cout, n, spilled=True, far=cut) if self.staged else 0.0
+            k = taps * problem.cout
+            pieces = math.prod(map(len, self._pieces(round(rows), round(n), k)))
+            total += unpacked_s(pieces, rows, n, k) if pieces > 1 else gemm_s(rows, n, k)
+            total += streamed_s(n * k, n if cut else math.inf) if streamed else 0.0
         positions = grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], problem.kernel)
         total += copy_s(min(self.grid, self.cuts[0].longest * positions * problem.cout), w.fine, spilled=True)
         values = rows * n
@@ -171,7 +173,6 @@ class Im2Col:
                 problem, self.axes, operands.value, workspace, self.rows * self.deep * problem.cout, self.grid
             ),
         )
-        slab = workspace.take(self.deep * problem.cout * self.channels.longest) if self.staged else None
         rows, channels = self.block(index)
         m, n = math.prod(rows.sizes), channels[1] - channels[0]
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
@@ -186,7 +187,6 @@ class Im2Col:
         taps = operands.packed if self.packs else operands.filter
         ld_taps = problem.cin if self.packs else problem.pitch
         taps_at = address(taps) + channels[0] * item
-        filter = taps.reshape(-1, problem.cin) if slab is not None else taps
         _, kh, kw = (axis.kernel for axis in self.axes)
         opened = windows.open(rows, self.window)
         for box in self.taps:
@@ -197,16 +197,15 @@ class Im2Col:
                 clock("pack")
             k = math.prod(stop - start for start, stop in box) * problem.cout
             (d, _), (h, _), (w, _) = box
-            first = ((d * kh + h) * kw + w) * problem.cout
-            at, ld_at = taps_at + first * ld_taps * item, ld_taps
-            if slab is not None:
-                part = slab[: k * n].reshape(k, n)
-                copy(part, filter[first : first + k, slice(*channels)])
-                at, ld_at = address(part), n
+            at = taps_at + ((d * kh + h) * kw + w) * problem.cout * ld_taps * item
             if channels_first:
-                gemm(n, m, k, at, ld_at, True, windows.address, m, False, to, ld, True)
+                gemm(n, m, k, at, ld_taps, True, windows.address, m, False, to, ld, True)
             else:
-                gemm(m, n, k, windows.address, k, False, at, ld_at, False, to, ld, True)
+                for a, b in product(*self._pieces(m, n, k)):
+                    gemm(
+                        m, b[1] - b[0], a[1] - a[0], windows.address + a[0] * item, k, False,
+                        at + (a[0] * ld_taps + b[0]) * item, ld_taps, False, to + b[0] * item, ld, True,
+                    )  # fmt: skip
             if clock:
                 clock("gemm")
         if not self.direct:
@@ -215,6 +214,14 @@ class Im2Col:
             store(output, sums)
         if clock:
             clock("store")
+
+    def _pieces(self, m: int, n: int, k: int) -> tuple[Cut, Cut]:
+        """Cut k and n in products so small that BLAS does not pack them, if there are few rows; else in one."""
+        few = m <= _FEW_ROWS and self.problem.layout == "NDHWC" and self.problem.compute_dtype.kind == "f"
+        if not few or m * n * k <= small_products() or not small_products():
+            return Cut(k, k), Cut(n, n)
+        columns = Cut(n, _FEW_CHANNELS)
+        return Cut(k, small_products() // (m * columns.longest)), columns
 
     @property
     def window(self) -> Taps:
@@ -256,20 +263,17 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
     axes = canonical(problem.axes)
     item = problem.compute_dtype.itemsize
     columns = int(machine.l2_bytes * _COLUMNS_SHARE) // item
-    slab = int(machine.l2_bytes * _FILTER_SHARE) // item
     most = int(machine.l2_bytes * _GRID_SHARE) // item
     d, h, w = (axis.coarse for axis in axes)
     every = problem.batch * d * h * w
-    streamed = math.prod(problem.filter_shape) * item > machine.l2_bytes
 
     def candidate(rows: int, parts: int) -> Im2Col:
         cuts = row_cuts(problem, axes, rows)
         longest = [cut.longest for cut in cuts]
         channels = Cut(problem.cin, -(-problem.cin // parts))
-        each = max(math.prod(longest), channels.longest * columns // slab if streamed and every > 1 else 0)
-        taps = tap_boxes(axes, max(1, columns // (each * problem.cout)))
+        taps = tap_boxes(axes, max(1, columns // (math.prod(longest) * problem.cout)))
         grid = longest[0] * grid_values(axes, longest[1:], problem.kernel) * problem.cout
-        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, streamed and every > 1)
+        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0)
 
     planes = [-(-n // blocks) * each for n, each in ((problem.batch, d * h * w), (d, h * w)) for blocks in _BLOCKS]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
