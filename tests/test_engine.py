@@ -210,6 +210,47 @@ def test_few_rows_with_a_large_filter(order, dtype, monkeypatch):
     assert {tap_major for tap_major, *_ in formed} == {order != "by_taps"} | ({False} if order == "by_rows" else set())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("small", [6000, 1_000_000])
+def test_columns_in_products_that_are_not_packed(small, dtype, monkeypatch):
+    """A tap at a time from a filter that is packed, whatever the BLAS: rows in even pieces or not, columns in parts."""
+    for module in (base, by_taps):
+        monkeypatch.setattr(module, "small_products", lambda: small)
+    monkeypatch.setattr(by_taps, "best", lambda found, _: rng.choice([s for s in found if s.turned]))
+    formed = []
+    form = Columns._form_turned
+
+    def counted(self, by_tap, rows, piece, ld):
+        n = min(piece.rows, by_tap.shape[2])
+        columns = base.unpacked_columns(n, self._cin)
+        formed.append((n // columns, rows.m * columns * self._cin > small, piece.rows > n))
+        form(self, by_tap, rows, piece, ld)
+
+    monkeypatch.setattr(Columns, "_form_turned", counted)
+    rng = np.random.default_rng([20, small])
+    for n, k, s, cout, cin in [
+        ((5, 6, 7), 3, 2, 16, 3),
+        ((4, 5, 5), 2, 2, 64, 10),
+        ((3, 9, 8), 4, 2, 17, 16),
+        ((6, 5, 7), 3, 1, 48, 1),
+    ]:
+        for _ in range(4):
+            problem = conv3d_transpose_problem(
+                (2, *n, cin), (k, k, k, cout, cin), None, s, "SAME", "NDHWC", 1, np.dtype(dtype)
+            )
+            plan = plan_of(problem, "by_taps", int(rng.choice([SMALL_CACHE, CACHE])))
+            assert plan.packed_bytes == math.prod(problem.filter_shape) * problem.dtype.itemsize
+            value, filter = (
+                integers(rng, shape, problem.dtype) for shape in (problem.coarse_shape, problem.filter_shape)
+            )
+            exact = oracle.rounded(expected(problem, value, filter), problem.dtype)
+            assert same_bits(plan(value, filter), exact)
+            assert same_bits(plan.prepare(filter)(value), exact)
+    assert any(many > 1 for many, *_ in formed) == (small < 1_000_000)
+    assert any(cut for _, cut, _ in formed) == (small < 1_000_000)
+    assert any(several for *_, several in formed)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_workers_do_not_change_bits(order):
     """Normal data, one and two workers, alone and while other threads compute."""

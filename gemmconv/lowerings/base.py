@@ -32,6 +32,8 @@ _ALIGNMENT = 64
 _SHORT_BYTES = 512
 # Few rows, and the least of a filter, in values, that is large beside them; and filter rows of a product, at least.
 _FEW_ROWS, _LARGE, _LEAST = 64, 1 << 15, 8
+# Rows of a product that is not packed, if there can be so many, and columns below which they are not cut for that.
+_ENOUGH_ROWS, _NARROW = 32, 32
 
 
 def aligned(size: int) -> int:
@@ -249,7 +251,8 @@ class Columns:
     of the workspace that hold `rows` and `taps`, never as a whole.
 
     Where the value has few rows and the filter is large, GEMM would spend its time packing the filter. Then products
-    small enough to be formed without packing are formed in one step, from the rows turned to columns.
+    small enough to be formed without packing are formed in one step, from the rows turned to columns. With `turned` all
+    products are formed so, of the packed filter, [tap, cin, cout].
     """
 
     def __init__(
@@ -262,6 +265,7 @@ class Columns:
         taps: int,
         depth: int,
         widens: bool,
+        turned: bool = False,
     ) -> None:
         sizes = [axis.coarse for axis in axes]
         self.buffer = workspace.take(rows * taps)
@@ -275,7 +279,8 @@ class Columns:
         self._rows = workspace.take(rows * depth if widens else 0)
         self._taps = workspace.take(taps * depth if widens else 0)
         self._held: tuple[Box, int] | None = None
-        self._few = few_rows(problem)
+        self._few = few_rows(problem) and not turned
+        self._by_tap = operands.packed.reshape(-1, problem.cin, problem.cout) if turned else None
         if self._few:
             self._turned = workspace.take(rows * problem.cin)
             self._across = workspace.take(rows * taps)
@@ -297,6 +302,10 @@ class Columns:
         Columns lie [row, tap] or, tap_major, [tap, row].
         """
         cin, m = self._cin, rows.m
+        if self._by_tap is not None:
+            for piece in pieces:
+                self._form_turned(self._by_tap, rows, piece, ld)
+            return
         if not self._widens:
             for piece in pieces:
                 if self._few and m > 1 and piece.rows * cin >= _LARGE:
@@ -344,6 +353,25 @@ class Columns:
         if not tap_major:
             np.copyto(self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + n], to.T)
 
+    def _form_turned(self, by_tap: Array, rows: Rows, piece: Piece, ld: int) -> None:
+        """Form the columns of a piece, whole taps or some channels of one, in products that are not packed."""
+        m, cin, cout = rows.m, self._cin, by_tap.shape[2]
+        tap, first = divmod(piece.first, cout)
+        n = min(piece.rows, cout)
+        taps = by_tap[tap : tap + piece.rows // n, :, first : first + n]
+        columns = unpacked_columns(n, cin)
+        each = max(1, m // -(-m * cin * columns // small_products()))
+        even = m - m % each
+        value = self._grid[tuple(slice(*r) for r in rows.hull)].reshape(m, cin)
+        to = self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + piece.rows]
+        shape = len(taps), n // columns, columns
+        filter = taps.reshape(len(taps), cin, *shape[1:]).transpose(0, 2, 1, 3)
+        for start, stop, pieces in ((0, even, even // each), (even, m, 1)):
+            if start < stop:
+                part = value[start:stop].reshape(pieces, 1, 1, -1, cin)
+                out = to[start:stop].reshape(pieces, -1, *shape).transpose(0, 2, 3, 1, 4)
+                np.matmul(part, filter, out=out)
+
     def _turn(self, rows: Rows) -> Array:
         """Return the rows of a hull as columns, unless they are what is held already."""
         turned = self._turned[: self._cin * rows.m].reshape(self._cin, rows.m)
@@ -377,12 +405,19 @@ def few_rows(problem: Problem) -> bool:
     )
 
 
-def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool) -> list[int]:
+def unpacked_columns(n: int, k: int) -> int:
+    """Return the columns of products that are not packed: a part of n that leaves enough rows beside k, if it can."""
+    while n % 2 == 0 and n > _NARROW and small_products() < _ENOUGH_ROWS * n * k:
+        n //= 2
+    return n
+
+
+def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: bool = False) -> list[int]:
     """Return the values that `Columns` takes of a workspace, one array after the other."""
     found = [rows * taps]
     if widens:
         found += [rows * depth, taps * depth]
-    if few_rows(problem):
+    if few_rows(problem) and not turned:
         found += [rows * problem.cin, rows * taps]
     return found
 

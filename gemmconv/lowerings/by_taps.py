@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemmconv.blas import small_products
 from gemmconv.lowerings.base import (
     Array,
     AsItLies,
@@ -36,6 +37,7 @@ from gemmconv.lowerings.base import (
     must_widen,
     simplified,
     store,
+    unpacked_columns,
 )
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
@@ -47,6 +49,7 @@ from gemmconv.lowerings.cost import (
     copy_s,
     pass_s,
     products_s,
+    unpacked_s,
 )
 from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
 from gemmconv.machine import Machine
@@ -58,6 +61,9 @@ _PACK_SHARE = 0.5
 # Cuts along Cout that are weighed; GEMM wants 16 columns at the least.
 _PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 _FEW_CHANNELS = 16
+# The most bytes of a packed filter; of products that are not packed the fewest rows, and the most values of a tap: each
+# of them reads all of it.
+_MOST_PACKED, _FEW_ROWS, _MOST_TAP = 32 << 20, 16, 1 << 14
 
 
 class Block(NamedTuple):
@@ -97,6 +103,7 @@ class ByTaps(AsItLies):
     rows: int  # the most rows of a GEMM
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
+    turned: bool  # whether the filter is packed, [tap, cin, cout], for products that BLAS does not pack
     programs: dict[int, list[list[Step]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -113,6 +120,15 @@ class ByTaps(AsItLies):
         ]
         groups: list[Bounds] = [()] * len(self.groups)
         return [digit(0, batch), *spatial, digit(4, channels), groups]
+
+    @property
+    def packed_values(self) -> int:  # type: ignore[override]
+        return math.prod(self.problem.kernel) * self.problem.cout * self.problem.cin if self.turned else 0
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Turn the filter of each tap."""
+        to = packed.reshape(-1, self.problem.cin, self.problem.cout)
+        np.copyto(to, filter.reshape(-1, self.problem.cout, self.problem.cin).swapaxes(1, 2))
 
     @property
     def whole_behind(self) -> int:  # type: ignore[override]
@@ -151,7 +167,7 @@ class ByTaps(AsItLies):
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
         n = self.taps * self.channels
-        columns = columns_values(self.problem, self.rows, n, self.depth, self.widens)
+        columns = columns_values(self.problem, self.rows, n, self.depth, self.widens, self.turned)
         return sum(aligned(values * item) for values in (*columns, self._sums))
 
     @property
@@ -174,7 +190,12 @@ class ByTaps(AsItLies):
         # A row of the output is contiguous where all its lanes, phases and channels are stored together.
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
         steps = gemms * self.taps // self.lanes
-        total = gemms * pieces * products_s(rows, n / pieces, problem.cin, few_rows(problem))
+        if self.turned:
+            total = copy_s(self.packed_values, problem.cin, strided=True) + gemms * pieces * unpacked_s(
+                1, rows, n / pieces, problem.cin
+            )
+        else:
+            total = gemms * pieces * products_s(rows, n / pieces, problem.cin, few_rows(problem))
         if self.direct:
             if scattered:
                 return total + steps * rows * self.lanes * self.channels * SCATTERED_VALUE_S
@@ -189,7 +210,7 @@ class ByTaps(AsItLies):
     def reason(self) -> str:
         channels = f", {self.channels} of {self.problem.cout} output channels" if len(self.cuts[4]) > 1 else ""
         fold = "columns stored as rows, nothing overlaps" if self.direct else "columns added tap by tap"
-        packed = ", widened block by block" if self.widens else ""
+        packed = ", widened block by block" if self.widens else ", filter packed" if self.turned else ""
         together = f"; {len(self.groups[0])} phases a block" if len(self.groups[0]) > 1 else ""
         taps = f"{self.axes[2].kernel} taps" if self.joined else "tap"
         return f"a GEMM for each {taps}, up to {self.rows} rows{channels}; {fold}{packed}{together}"
@@ -209,7 +230,15 @@ class ByTaps(AsItLies):
         columns = workspace.once(
             operands,
             lambda: Columns(
-                problem, axes, operands, workspace, self.rows, self.taps * self.channels, self.depth, self.widens
+                problem,
+                axes,
+                operands,
+                workspace,
+                self.rows,
+                self.taps * self.channels,
+                self.depth,
+                self.widens,
+                self.turned,
             ),
         )
         sums = None if self.direct else workspace.take(*self._sums_shape(block))
@@ -348,7 +377,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     pairs = [(i, j) for i in range(len(found[0])) for j in range(len(found[1]))]
     pairs.sort(key=lambda pair: -len(found[0][pair[0]].taps) * len(found[1][pair[1]].taps))
 
-    def candidate(rows: int, channels: int, joined: bool) -> ByTaps:
+    def candidate(rows: int, channels: int, joined: bool, turned: bool) -> ByTaps:
         batch = 1 if problem.layout == "NCDHW" else max(1, rows // math.prod(counts))
         chunks = (max(1, rows // (counts[1] * counts[2])), max(1, rows // counts[2]), rows)
         cuts = [
@@ -366,7 +395,9 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
             share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
             depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
         cut = (*cuts, Cut(problem.cout, channels))
-        return ByTaps(problem, axes, found, lanes, joined, direct, unreached, cut, tuple(groups), most, widens, depth)
+        return ByTaps(
+            problem, axes, found, lanes, joined, direct, unreached, cut, tuple(groups), most, widens, depth, turned
+        )
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
@@ -375,7 +406,18 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     channels = sorted({c for c in channels if c % _FEW_CHANNELS == 0} | {channels[0]})
     # Filter rows of all taps of W follow each other where output channels are not cut.
     wide = [(channels[-1], True)] if not tiled and w.kernel > 1 else []
-    return best([candidate(r, *c) for r in rows for c in (*((c, False) for c in channels), *wide)], machine)
+    item = problem.compute_dtype.itemsize
+    unpacked = (
+        problem.layout == "NDHWC"
+        and problem.compute_dtype.kind == "f"
+        and not widens
+        and math.prod(problem.filter_shape) * item <= _MOST_PACKED
+        and problem.cout >= _FEW_CHANNELS
+        and problem.cout * problem.cin <= _MOST_TAP
+        and small_products() >= _FEW_ROWS * unpacked_columns(problem.cout, problem.cin) * problem.cin
+    )
+    shapes = [*((c, False) for c in channels), *wide]
+    return best([candidate(r, *c, t) for t in (False, True)[: 1 + unpacked] for r in rows for c in shapes], machine)
 
 
 def largest_hull(chunk: Sequence[int], whole: tuple[int, int, int, int]) -> int:
