@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from gemmconv.lowerings.base import (
     NotFiniteError,
     Operands,
     Range,
+    Schedule,
     Workspace,
     address,
     aligned,
@@ -65,6 +66,9 @@ _PIECE, _SHORT_PIECE, _NARROW, _SHALLOW = 96, 32, 64, 256
 _MOST_SMALL = 1 << 21
 # The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
 _MOST_PACKED = 32 << 20
+
+
+S = TypeVar("S", bound=Schedule)
 
 
 class Block(NamedTuple):
@@ -448,19 +452,27 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
             f"{text} it needs 2 or 3 neighbouring taps in every phase of depth or height, and no gaps if those are "
             f"several phases, got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
         )
+    return best(affordable(found, machine, text, "col2im"), machine)
+
+
+def affordable(found: Sequence[S], machine: Machine, text: str, other: str) -> list[S]:
+    """Return the schedules that take no more memory than they may, or raise with what the least would take.
+
+    `text` is what the error begins with, and `other` the lowering that it names.
+    """
     limit = most_workspace_bytes(machine)
     small_enough = [s for s in found if s.workspace_bytes <= limit]
     if not small_enough:
         least = min(s.workspace_bytes for s in found)
-        raise CannotLowerError(f"{text} its blocks take {least} bytes, more than {limit}; 'col2im' and 'auto' can")
-    item = problem.compute_dtype.itemsize
-    found = [s for s in small_enough if s.packed_values * item <= _MOST_PACKED]
-    if not found:
+        raise CannotLowerError(f"{text} its blocks take {least} bytes, more than {limit}; '{other}' and 'auto' can")
+    item = found[0].problem.compute_dtype.itemsize
+    packed = [s for s in small_enough if s.packed_values * item <= _MOST_PACKED]
+    if not packed:
         packed_bytes = min(s.packed_values for s in small_enough) * item
         raise CannotLowerError(
-            f"{text} its packed filter takes {packed_bytes} bytes, more than {_MOST_PACKED}; 'col2im' and 'auto' can"
+            f"{text} its packed filter takes {packed_bytes} bytes, more than {_MOST_PACKED}; '{other}' and 'auto' can"
         )
-    return best(found, machine)
+    return packed
 
 
 def _candidates(

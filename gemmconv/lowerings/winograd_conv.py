@@ -40,10 +40,10 @@ from gemmconv.lowerings.base import (
     five,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes, pass_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
 from gemmconv.lowerings.pairs import SIGNS, Pairs, Piece, Term, add_points, combine_cells, combine_taps, scheme
 from gemmconv.lowerings.phases import Slots, places, slots
-from gemmconv.lowerings.turned import turned
+from gemmconv.lowerings.turned import twin
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -52,8 +52,6 @@ _ROWS = (64, 128, 256, 512, 1024, 2048)
 _PARTS = (1, 2, 4, 8)
 _WIDE = 32
 _L2_SHARE = 0.75
-# The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
-_MOST_PACKED = 32 << 20
 
 
 class Block(NamedTuple):
@@ -331,8 +329,9 @@ def _of_first(term: Term) -> tuple[int, Piece]:
 def schedule(problem: Problem, machine: Machine) -> Schedule:
     """Choose between filtering along two axes and along one by cost, or raise CannotLowerError."""
     found: list[Schedule] = []
-    with suppress(CannotLowerError):
-        found.append(turned(winograd.schedule)(problem, machine))
+    if all(axis.stride == 1 for axis in problem.axes):
+        with suppress(CannotLowerError):
+            found.append(winograd.schedule(twin(problem), machine))
     try:
         found.append(paired(problem, machine))
     except CannotLowerError:
@@ -364,16 +363,4 @@ def paired(problem: Problem, machine: Machine) -> Paired:
             f"{text} no two taps meet in a cell, got kernel {kernel}, strides {strides}, dilations {dilations}; "
             "'im2col' and 'auto' can"
         )
-    limit = most_workspace_bytes(machine)
-    small_enough = [s for s in found if s.workspace_bytes <= limit]
-    if not small_enough:
-        least = min(s.workspace_bytes for s in found)
-        raise CannotLowerError(f"{text} its blocks take {least} bytes, more than {limit}; 'im2col' and 'auto' can")
-    item = problem.compute_dtype.itemsize
-    found = [s for s in small_enough if s.packed_values * item <= _MOST_PACKED]
-    if not found:
-        packed_bytes = min(s.packed_values for s in small_enough) * item
-        raise CannotLowerError(
-            f"{text} its packed filter takes {packed_bytes} bytes, more than {_MOST_PACKED}; 'im2col' and 'auto' can"
-        )
-    return best(found, machine)
+    return best(winograd.affordable(found, machine, text, "im2col"), machine)
