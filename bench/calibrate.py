@@ -126,7 +126,7 @@ def copies(best_s: BestS, cached: int) -> dict[str, float]:
     source = np.ones(cached, np.float32)
     target = np.ones((max(1, SPILLED_BYTES // source.nbytes), cached), np.float32)
     spilled_s = best_s(lambda: np.copyto(target, source)) / target.size - value_s
-    names = "_COPIED_VALUE_S", "_COPIED_RUN_S", "_STRIDED_VALUE_S", "_SPILLED_VALUE_S"
+    names = "_COPIED_VALUE_S", "_COPIED_RUN_S", "_STRIDED_VALUE_S", "SPILLED_VALUE_S"
     return dict(zip(names, (value_s, run_s, strided_s, max(0.0, spilled_s)), strict=True))
 
 

@@ -21,7 +21,7 @@ from gemmconv import profile, threads
 from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
-from gemmconv.lowerings.base import Steps, order, steps_of
+from gemmconv.lowerings.base import Steps, is_finite, order, steps_of
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 
@@ -89,13 +89,6 @@ def merged(filter: Array, groups: int, together: int) -> Array:
     for i in range(together):
         found[..., i, :, :, i, :] = parts[..., i, :]
     return found.reshape(*kernel, together * fine, coarse)
-
-
-def is_finite(array: Array) -> bool:
-    """Whether no value is Inf or NaN; False too where only their sum overflows."""
-    dtype = np.float32 if array.dtype.itemsize == 2 else array.dtype
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
 
 
 def of_group(problem: Problem, role: Role, array: Array, group: int) -> Array:

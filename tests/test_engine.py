@@ -28,11 +28,14 @@ from gemmconv.lowerings import (
     by_planes,
     by_rows,
     by_taps,
+    columns,
     cost,
     kn2row,
+    products,
     winograd,
 )
-from gemmconv.lowerings.base import Box, Columns, Cut
+from gemmconv.lowerings.base import Box, Cut
+from gemmconv.lowerings.columns import Columns
 from gemmconv.lowerings.phases import slots
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -179,76 +182,91 @@ def test_no_product_is_formed_twice(order, monkeypatch):
         assert flops <= problem.flops
 
 
+@pytest.fixture
+def unpacked(monkeypatch):
+    """Set the largest product that BLAS is said not to pack."""
+
+    def largest(size):
+        monkeypatch.setattr(products, "small_products", lambda: size)
+        products.tile.cache_clear()
+
+    yield largest
+    products.tile.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
 @pytest.mark.parametrize("order", COL2IM)
-def test_few_rows_with_a_large_filter(order, dtype, monkeypatch):
-    """Products that are not packed, whatever the BLAS: whole pieces of the filter and what is left, in either order."""
-    monkeypatch.setattr(base, "small_products", lambda: 1_000_000)
+def test_rows_as_columns_of_the_filter(order, layout, dtype, unpacked, monkeypatch):
+    """Products that are not packed, whatever the BLAS: few rows that are turned, and rows with channels first."""
     formed = []
-    form = Columns._form_few
+    form = Columns._form_across
 
-    def counted(self, rows, piece, ld, tap_major):
-        formed.append((tap_major, *divmod(piece.rows, 1_000_000 // (rows.m * self._cin))))
-        form(self, rows, piece, ld, tap_major)
+    def counted(self, value, piece, ld, tap_major):
+        formed.append(tap_major)
+        form(self, value, piece, ld, tap_major)
 
-    monkeypatch.setattr(Columns, "_form_few", counted)
+    monkeypatch.setattr(Columns, "_form_across", counted)
     rng = np.random.default_rng(19)
-    for n, k, s, cout, cin in [((2, 3, 4), 4, 2, 70, 300), ((1, 2, 2), 3, 1, 2, 2000), ((3, 3, 7), 3, 2, 300, 111)]:
-        for l2_bytes in (1 << 16, CACHE):
-            problem = conv3d_transpose_problem(
-                (1, *n, cin), (k, k, k, cout, cin), None, s, "SAME", "NDHWC", 1, np.dtype(dtype)
-            )
-            plan = plan_of(problem, order, l2_bytes)
-            if plan is None:
-                continue
-            value, filter = (
-                integers(rng, shape, problem.dtype) for shape in (problem.coarse_shape, problem.filter_shape)
-            )
-            assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), problem.dtype))
-    assert formed
-    assert any(whole > 1 and left for _, whole, left in formed)
-    assert {tap_major for tap_major, *_ in formed} == {order != "by_taps"} | ({False} if order == "by_rows" else set())
+    shapes = [
+        ((2, 3, 4), 4, 2, 70, 300),
+        ((1, 2, 2), 3, 1, 2, 2000),
+        ((3, 3, 7), 3, 2, 300, 111),
+        ((4, 5, 6), 3, 2, 3, 9),
+    ]
+    for (n, k, s, cout, cin), l2_bytes, size in itertools.product(shapes, (1 << 16, CACHE), (5000, 1_000_000)):
+        unpacked(size)
+        coarse = (1, *n, cin) if layout == "NDHWC" else (1, cin, *n)
+        problem = conv3d_transpose_problem(coarse, (k, k, k, cout, cin), None, s, "SAME", layout, 1, np.dtype(dtype))
+        plan = plan_of(problem, order, l2_bytes)
+        if plan is None:
+            continue
+        value, filter = (integers(rng, shape, problem.dtype) for shape in (coarse, problem.filter_shape))
+        assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), problem.dtype))
+    if layout == "NCDHW":
+        assert set(formed) == (set() if order == "by_taps" else {True})
+    else:
+        assert set(formed) == {order != "by_taps"} | ({False} if order == "by_rows" else set())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("small", [6000, 1_000_000])
-def test_columns_in_products_that_are_not_packed(small, dtype, monkeypatch):
-    """A tap at a time from a filter that is packed, whatever the BLAS: rows in even pieces or not, columns in parts."""
-    for module in (base, by_taps):
-        monkeypatch.setattr(module, "small_products", lambda: small)
-    monkeypatch.setattr(by_taps, "best", lambda found, _: rng.choice([s for s in found if s.turned]))
-    formed = []
-    form = Columns._form_turned
+@pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
+@pytest.mark.parametrize("size", [6000, 1_000_000])
+def test_columns_of_a_filter_in_tiles(size, layout, dtype, unpacked, monkeypatch):
+    """A tap at a time from a filter that is packed, whatever the BLAS: rows in even pieces or not, channels cut."""
+    unpacked(size)
+    monkeypatch.setattr(by_taps, "best", lambda found, _: rng.choice([s for s in found if s.turned] or found))
+    formed = set()
+    multiply = columns.multiply_tiles
 
-    def counted(self, by_tap, rows, piece, ld):
-        n = min(piece.rows, by_tap.shape[2])
-        columns = base.unpacked_columns(n, self._cin)
-        formed.append((n // columns, rows.m * columns * self._cin > small, piece.rows > n))
-        form(self, by_tap, rows, piece, ld)
+    def counted(a, tiles, out):
+        rows = size // math.prod(tiles.shape[1:])
+        formed.update([("rows", len(a) > rows), ("left", len(a) % min(len(a), rows) > 0), ("tiles", len(tiles) > 1)])
+        multiply(a, tiles, out)
 
-    monkeypatch.setattr(Columns, "_form_turned", counted)
-    rng = np.random.default_rng([20, small])
+    monkeypatch.setattr(columns, "multiply_tiles", counted)
+    rng = np.random.default_rng([20, size])
     for n, k, s, cout, cin in [
         ((5, 6, 7), 3, 2, 16, 3),
         ((4, 5, 5), 2, 2, 64, 10),
         ((3, 9, 8), 4, 2, 17, 16),
         ((6, 5, 7), 3, 1, 48, 1),
+        ((2, 5, 4), 3, 2, 192, 7),
     ]:
         for _ in range(4):
+            coarse = (2, *n, cin) if layout == "NDHWC" else (2, cin, *n)
             problem = conv3d_transpose_problem(
-                (2, *n, cin), (k, k, k, cout, cin), None, s, "SAME", "NDHWC", 1, np.dtype(dtype)
+                coarse, (k, k, k, cout, cin), None, s, "SAME", layout, 1, np.dtype(dtype)
             )
             plan = plan_of(problem, "by_taps", int(rng.choice([SMALL_CACHE, CACHE])))
-            assert plan.packed_bytes == math.prod(problem.filter_shape) * problem.dtype.itemsize
-            value, filter = (
-                integers(rng, shape, problem.dtype) for shape in (problem.coarse_shape, problem.filter_shape)
-            )
+            if plan.schedule.turned:
+                assert plan.packed_bytes == math.prod(problem.filter_shape) * problem.dtype.itemsize
+            value, filter = (integers(rng, shape, problem.dtype) for shape in (coarse, problem.filter_shape))
             exact = oracle.rounded(expected(problem, value, filter), problem.dtype)
             assert same_bits(plan(value, filter), exact)
             assert same_bits(plan.prepare(filter)(value), exact)
-    assert any(many > 1 for many, *_ in formed) == (small < 1_000_000)
-    assert any(cut for _, cut, _ in formed) == (small < 1_000_000)
-    assert any(several for *_, several in formed)
+    assert formed >= {("rows", size == 6000), ("rows", False), ("left", False), ("tiles", True)}
+    assert (("left", True) in formed) == (size == 6000)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -408,9 +426,11 @@ def test_self_test_finds_a_wrong_blas():
     assert blas.self_test(blas.Gemm(np.dtype("f4"))) == ""
 
 
+@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("name", ["float32", "float64", "complex64", "complex128"])
-def test_one_row_goes_by_gemv(name):
+def test_one_row_goes_by_gemv_or_einsum(name, far, monkeypatch):
     """Products too large for GEMM's serial path, with both layouts of each operand, equal matmul's whole numbers."""
+    monkeypatch.setattr(blas, "_FAR", 0 if far else 1 << 40)
     dtype, k, n = np.dtype(name), 30, 10_000
     rng = np.random.default_rng(17)
     a, b = integers(rng, (1, k), dtype), integers(rng, (k, n), dtype)
@@ -428,7 +448,8 @@ def test_one_row_goes_by_gemv(name):
             )  # fmt: skip
             assert np.array_equal(c[1:-1], (a @ b)[0] * (1 + accumulate))
             assert (c[[0, -1]] == 77).all()
-        assert len(called) == 2
+        # Rows of the second matrix that are long are left to gemv, and complex numbers.
+        assert len(called) == (0 if far and b_transposed and dtype.kind == "f" else 2)
 
 
 def test_gemm_refuses_what_its_integers_cannot_hold():

@@ -19,7 +19,7 @@ from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F
 from test_random import flavoured, random_out
 
 from gemmconv import calls
-from gemmconv.lowerings import CannotLowerError, im2col
+from gemmconv.lowerings import CannotLowerError, im2col, products
 from gemmconv.lowerings.winograd_conv import paired
 from gemmconv.machine import Machine
 from gemmconv.plan import ALGORITHMS, make_plan
@@ -648,28 +648,43 @@ def test_workers_do_not_change_bits(operation, case, layout):
             assert (np.abs(y - exact) <= factor * np.sqrt(terms) * UNIT * most).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_convolution_of_few_rows_in_pieces(groups, dtype, monkeypatch):
-    """Products so small that BLAS does not pack them, whatever the BLAS: cuts of k and of the channels, even or not."""
-    cut = []
-    pieces = im2col.Im2Col._pieces
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "complex64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_convolution_in_products_that_are_not_packed(layout, dtype, monkeypatch):
+    """Whatever the BLAS: rows, columns and k in even pieces or not, in one box of taps or several, with a bias."""
+    cut, added = set(), set()
+    form, multiply = products._form, im2col.multiply
 
-    def counted(self, m, n, k):
-        found = pieces(self, m, n, k)
-        cut.append(tuple(map(len, found)))
-        return found
+    def counted(a, b, out, sizes):
+        cut.add((a.shape[0] % sizes.rows > 0, b.shape[1] % sizes.columns > 0, len(out) > 1))
+        form(a, b, out, sizes)
 
-    monkeypatch.setattr(im2col.Im2Col, "_pieces", counted)
-    rng = np.random.default_rng([618, groups])
-    for small, case in itertools.product((0, 3000, 20_000), ("few rows", "few rows in groups", "dense")):
-        monkeypatch.setattr(im2col, "small_products", lambda small=small: small)
-        _, cin, cout, axes = LARGE[case]
-        problem = Problem("conv3d", 1, cin, cout, axes, np.dtype(dtype), "NDHWC", groups)
+    def noted(a, b, out, parts, *, adds):
+        added.add((adds, a.shape[1] > products.tile(len(a), b.shape[1], a.shape[1], out.itemsize).depth))
+        multiply(a, b, out, parts, adds=adds)
+
+    monkeypatch.setattr(products, "_form", counted)
+    monkeypatch.setattr(im2col, "multiply", noted)
+    rng = np.random.default_rng([618, *map(ord, dtype)])
+    for small, case, share in itertools.product(
+        (0, 500, 3000, 1_000_000), ("few rows", "few rows in groups", "dense"), (0.02, 2.0)
+    ):
+        monkeypatch.setattr(products, "small_products", lambda small=small: small)
+        monkeypatch.setattr(im2col, "_UNPACKED_SHARE", share)
+        products.tile.cache_clear()
+        groups, cin, cout, axes = LARGE[case]
+        problem = Problem("conv3d", 1, cin, cout, axes, np.dtype(dtype), layout, groups)
         plan = make_plan.__wrapped__(problem, Machine(2, 1 << 20, 1 << 25), "im2col", 2)
         first, second, bias = operands(rng, problem, largest=2, biased=True)
         assert same_bits(run(plan, first, second, bias), rounded(relation.result(problem, first, second, bias), dtype))
-    assert (max(k for k, _ in cut) > 1) == (max(n for _, n in cut) > 1) == (dtype != "complex64")
+    products.tile.cache_clear()
+    if dtype == "complex64":
+        assert not cut
+    else:
+        assert {rows for rows, *_ in cut} == {False, True}
+        assert layout == "NCDHW" or {columns for _, columns, _ in cut} == {False, True}
+        assert any(parts for *_, parts in cut)
+        assert added == set(itertools.product((False, True), repeat=2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""What every lowering shares: its operands, a worker's workspace, and the runs of rows that one GEMM can take.
+"""What every lowering shares: its operands, a worker's workspace, and boxes of rows.
 
 A lowering turns a Problem into a Schedule: a fixed number of blocks, each a box of the output that no other block
 writes, and a method that runs one of them in a given workspace. It parses no arguments and chooses no other lowering.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from gemmconv.blas import Gemm, largest_integer, small_products
+from gemmconv.blas import Gemm, largest_integer
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 from gemmconv.profile import Clock
@@ -30,10 +30,6 @@ T = TypeVar("T")
 _ALIGNMENT = 64
 # Bytes of a run that NumPy copies faster as one item.
 _SHORT_BYTES = 512
-# Few rows, and the least of a filter, in values, that is large beside them; and filter rows of a product, at least.
-_FEW_ROWS, _LARGE, _LEAST = 64, 1 << 15, 8
-# Rows of a product that is not packed, if there can be so many, and columns below which they are not cut for that.
-_ENOUGH_ROWS, _NARROW = 32, 32
 
 
 def aligned(size: int) -> int:
@@ -157,7 +153,10 @@ class Schedule(Protocol):
 
     @property
     def largest_product(self) -> int:
-        """The largest m*n*k of any GEMM; 0 if there is none: then groups done as one take the filter as it is."""
+        """The largest m*n*k of a product for which BLAS may use several threads; 0 if none is formed.
+
+        Then groups done as one take the filter as it is.
+        """
 
     @property
     def reason(self) -> str:
@@ -225,201 +224,6 @@ class Box(NamedTuple):
         """Return where this box lies in an array of the hull's sizes."""
         b, d, h, w = (slice(mine[0] - its[0], mine[1] - its[0]) for mine, its in zip(self, hull, strict=True))
         return b, d, h, w
-
-
-class Piece(NamedTuple):
-    """Consecutive rows of the filter, seen as [kd*kh*kw*Cout, Cin], and the first of their columns."""
-
-    first: int
-    rows: int
-    column: int
-
-
-class Rows(NamedTuple):
-    """A contiguous run of rows in memory: `m` of them, or with channels first `ld` apart from channel to channel."""
-
-    hull: Box
-    m: int
-    address: int
-    ld: int
-
-
-class Columns:
-    """Forms columns, the products of rows of the value and rows of the filter, for one block, in `buffer`.
-
-    Operands in the dtype of the sums are used as they lie. Others are widened, `depth` channels at a time, into arrays
-    of the workspace that hold `rows` and `taps`, never as a whole.
-
-    Where the value has few rows and the filter is large, GEMM would spend its time packing the filter. Then products
-    small enough to be formed without packing are formed in one step, from the rows turned to columns. With `turned` all
-    products are formed so, of the packed filter, [tap, cin, cout].
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        axes: Sequence[Axis],
-        operands: Operands,
-        workspace: Workspace,
-        rows: int,
-        taps: int,
-        depth: int,
-        widens: bool,
-        turned: bool = False,
-    ) -> None:
-        sizes = [axis.coarse for axis in axes]
-        self.buffer = workspace.take(rows * taps)
-        self._cin, self._depth, self._widens = problem.cin, depth, widens
-        self._pitch = problem.pitch
-        self._transposed = problem.layout == "NCDHW"
-        self._steps = operands.steps[0]
-        self._gemm = workspace.gemm
-        self._filter = operands.filter.reshape(-1, problem.cin)
-        self._grid = five(problem.layout, operands.value, problem.batch, sizes, problem.cin)
-        self._rows = workspace.take(rows * depth if widens else 0)
-        self._taps = workspace.take(taps * depth if widens else 0)
-        self._held: tuple[Box, int] | None = None
-        self._few = few_rows(problem) and not turned
-        self._by_tap = operands.packed.reshape(-1, problem.cin, problem.cout) if turned else None
-        if self._few:
-            self._turned = workspace.take(rows * problem.cin)
-            self._across = workspace.take(rows * taps)
-        # Asking an array for its address costs about as much as a small addition.
-        arrays = (operands.value, operands.filter, self.buffer, self._rows, self._taps)
-        self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = map(address, arrays)
-
-    def locate(self, hull: Box) -> Rows:
-        """Return where a hull's rows are, for any number of calls of `form`."""
-        (b, _), (d, _), (h, _), (w, _) = hull
-        of_b, of_d, of_h, of_w, of_c = self._steps
-        offset = b * of_b + d * of_d + h * of_h + w * of_w
-        ld = of_c if self._transposed else of_w
-        return Rows(hull, math.prod(hull.sizes), self._value_at + offset * self._gemm.itemsize, ld)
-
-    def form(self, rows: Rows, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
-        """Form the columns of rows and of pieces of the filter, with `ld` values from line to line.
-
-        Columns lie [row, tap] or, tap_major, [tap, row].
-        """
-        cin, m = self._cin, rows.m
-        if self._by_tap is not None:
-            for piece in pieces:
-                self._form_turned(self._by_tap, rows, piece, ld)
-            return
-        if not self._widens:
-            for piece in pieces:
-                if self._few and m > 1 and piece.rows * cin >= _LARGE:
-                    self._form_few(rows, piece, ld, tap_major)
-                    continue
-                at = self._filter_at + piece.first * self._pitch * self._gemm.itemsize
-                self._multiply(m, cin, rows.address, rows.ld, piece, at, self._pitch, ld, tap_major, False)
-            return
-        for start in range(0, cin, self._depth):
-            self._widen(rows.hull, start)
-            k = min(self._depth, cin - start)
-            for piece in pieces:
-                part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
-                np.copyto(self._taps[: part.size].reshape(part.shape), part, casting="unsafe")
-                ld_rows = m if self._transposed else k
-                self._multiply(m, k, self._rows_at, ld_rows, piece, self._taps_at, k, ld, tap_major, start > 0)
-
-    def _multiply(
-        self, m: int, k: int, rows: int, ld_rows: int, piece: Piece, taps: int, ld_taps: int,
-        ld: int, tap_major: bool, accumulate: bool,
-    ) -> None:  # fmt: skip
-        gemm = self._gemm
-        if tap_major:
-            to = self._buffer_at + piece.column * ld * gemm.itemsize
-            gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not self._transposed, to, ld, accumulate)
-        else:
-            to = self._buffer_at + piece.column * gemm.itemsize
-            gemm(m, piece.rows, k, rows, ld_rows, self._transposed, taps, ld_taps, True, to, ld, accumulate)
-
-    def _form_few(self, rows: Rows, piece: Piece, ld: int, tap_major: bool) -> None:
-        """Form the columns of a piece in products that are not packed, as [tap, row]."""
-        m, n = rows.m, piece.rows
-        turned = self._turn(rows)
-        taps = self._filter[piece.first : piece.first + n]
-        if tap_major:
-            to = self.buffer[piece.column * ld : (piece.column + n) * ld].reshape(n, ld)[:, :m]
-        else:
-            to = self._across[: n * m].reshape(n, m)
-        each = min(n, small_products() // (m * self._cin))
-        even = n - n % each
-        whole = taps[:even].reshape(-1, each, self._cin)
-        np.matmul(whole, turned, out=to[:even].reshape(-1, each, m))
-        if even < n:
-            np.matmul(taps[even:], turned, out=to[even:])
-        if not tap_major:
-            np.copyto(self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + n], to.T)
-
-    def _form_turned(self, by_tap: Array, rows: Rows, piece: Piece, ld: int) -> None:
-        """Form the columns of a piece, whole taps or some channels of one, in products that are not packed."""
-        m, cin, cout = rows.m, self._cin, by_tap.shape[2]
-        tap, first = divmod(piece.first, cout)
-        n = min(piece.rows, cout)
-        taps = by_tap[tap : tap + piece.rows // n, :, first : first + n]
-        columns = unpacked_columns(n, cin)
-        each = max(1, m // -(-m * cin * columns // small_products()))
-        even = m - m % each
-        value = self._grid[tuple(slice(*r) for r in rows.hull)].reshape(m, cin)
-        to = self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + piece.rows]
-        shape = len(taps), n // columns, columns
-        filter = taps.reshape(len(taps), cin, *shape[1:]).transpose(0, 2, 1, 3)
-        for start, stop, pieces in ((0, even, even // each), (even, m, 1)):
-            if start < stop:
-                part = value[start:stop].reshape(pieces, 1, 1, -1, cin)
-                out = to[start:stop].reshape(pieces, -1, *shape).transpose(0, 2, 3, 1, 4)
-                np.matmul(part, filter, out=out)
-
-    def _turn(self, rows: Rows) -> Array:
-        """Return the rows of a hull as columns, unless they are what is held already."""
-        turned = self._turned[: self._cin * rows.m].reshape(self._cin, rows.m)
-        if self._held != (rows.hull, 0):
-            part = self._grid[tuple(slice(*r) for r in rows.hull)]
-            np.copyto(turned, part.reshape(rows.m, self._cin).T)
-            self._held = (rows.hull, 0)
-        return turned
-
-    def _widen(self, hull: Box, start: int) -> None:
-        """Widen the rows of a hull, unless they are what is held already; the layout stays."""
-        if self._held == (hull, start):
-            return
-        part = self._grid[(*(slice(*r) for r in hull), slice(start, min(start + self._depth, self._cin)))]
-        layout = "NCDHW" if self._transposed else "NDHWC"
-        to = five(layout, self._rows[: part.size], part.shape[0], part.shape[1:4], part.shape[4])
-        np.copyto(to, part, casting="unsafe")
-        self._held = (hull, start)
-
-
-def few_rows(problem: Problem) -> bool:
-    """Whether a value has so few rows that products with a large filter are formed without packing it."""
-    rows = problem.batch * math.prod(problem.coarse)
-    return (
-        rows <= _FEW_ROWS
-        and problem.layout == "NDHWC"
-        and problem.compute_dtype.kind == "f"
-        and not must_widen(problem)
-        and math.prod(problem.filter_shape) >= _LARGE
-        and small_products() >= _LEAST * rows * problem.cin
-    )
-
-
-def unpacked_columns(n: int, k: int) -> int:
-    """Return the columns of products that are not packed: a part of n that leaves enough rows beside k, if it can."""
-    while n % 2 == 0 and n > _NARROW and small_products() < _ENOUGH_ROWS * n * k:
-        n //= 2
-    return n
-
-
-def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: bool = False) -> list[int]:
-    """Return the values that `Columns` takes of a workspace, one array after the other."""
-    found = [rows * taps]
-    if widens:
-        found += [rows * depth, taps * depth]
-    if few_rows(problem) and not turned:
-        found += [rows * problem.cin, rows * taps]
-    return found
 
 
 def address(array: Array) -> int:
@@ -507,6 +311,11 @@ class Cut(Sequence[Range]):
         """The length of the longest range."""
         return -(-self.size // self.parts)
 
+    @property
+    def shortest(self) -> int:
+        """The length of the shortest range."""
+        return self.size // self.parts
+
 
 def must_widen(problem: Problem) -> bool:
     """Whether operands cannot be used as they lie: half precisions, and distances that BLAS' integers cannot hold."""
@@ -516,6 +325,13 @@ def must_widen(problem: Problem) -> bool:
 def too_far(problem: Problem) -> bool:
     """Whether coarse rows with channels first are further apart than BLAS' integers can say."""
     return problem.layout == "NCDHW" and math.prod(problem.coarse) > largest_integer(problem.compute_dtype)
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no value is Inf or NaN; False too where only their sum overflows."""
+    dtype = np.float32 if array.dtype.itemsize == 2 else array.dtype
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
 
 
 def copy(to: Array, source: Array) -> None:

@@ -21,26 +21,23 @@ from gemmconv.lowerings.base import (
     Bounds,
     Box,
     CannotLowerError,
-    Columns,
     Cut,
     Index,
     Operands,
-    Piece,
     Range,
     Workspace,
     aligned,
     canonical,
-    columns_values,
     digit,
     each,
-    few_rows,
     five,
     must_widen,
     simplified,
     store,
 )
 from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, meetings, pieces, sample
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s, products_s
+from gemmconv.lowerings.columns import Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -137,7 +134,7 @@ class ByPlanes(AsItLies):
             parts = max(-(-columns // self.taps), d.taps if h.taps < self.axes[1].kernel else 1)
             adds = max(1.0, moves * columns / kernel)
             lines = max(1.0, min(h.rows, self.rows / w.coarse))
-            time_s = calls * parts * products_s(rows / calls, columns / parts, problem.cin, few_rows(problem))
+            time_s = calls * parts * formed_s(problem, rows / calls, columns / parts, tap_major=True, spilled=spilled)
             time_s += calls * adds * pass_s(rows / calls * columns / adds, lines * w.coarse, spilled=spilled)
             total += time_s * d.share * h.share * problem.batch
         stores = self.count * max(1, math.prod(len(of_axis.offsets) for of_axis in self.slots))

@@ -19,24 +19,21 @@ from gemmconv.lowerings.base import (
     AsItLies,
     Bounds,
     Box,
-    Columns,
     Cut,
     Index,
     Operands,
-    Piece,
     Range,
     Workspace,
     aligned,
     canonical,
-    columns_values,
     digit,
-    few_rows,
     five,
     must_widen,
     simplified,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s, products_s
+from gemmconv.lowerings.columns import Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -148,9 +145,14 @@ class ByRows(AsItLies):
             _, kh, kw = [axis.kernel for axis in self.axes]
             parts = d.taps * h.taps if w.taps < kw else d.taps if h.taps < kh else 1  # pieces of the filter
             parts = max(parts, -(-taps * problem.cout // self.taps))
-            time_s = (
-                calls * parts * products_s(rows / calls, taps * problem.cout / parts, problem.cin, few_rows(problem))
+            time_s = formed_s(
+                problem,
+                rows / calls,
+                taps * problem.cout / parts,
+                tap_major=not self.channels_last,
+                spilled=spilled,
             )
+            time_s *= calls * parts
             adds = math.prod(self._moves) / math.prod(problem.kernel) * taps
             time_s += calls * adds * pass_s(rows / calls * problem.cout * taps / adds, min(run, rows), spilled=spilled)
             total += time_s * len(self.cuts[0]) * d.share * h.share * w.share

@@ -15,43 +15,38 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.blas import small_products
 from gemmconv.lowerings.base import (
     Array,
     AsItLies,
     Bounds,
     Box,
-    Columns,
     Cut,
     Index,
     Operands,
-    Piece,
     Range,
     Workspace,
     aligned,
     canonical,
-    columns_values,
     digit,
-    few_rows,
     five,
     must_widen,
     simplified,
     store,
-    unpacked_columns,
 )
+from gemmconv.lowerings.columns import Columns, Piece, columns_values, formed_s, turn
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
     MOST_STEPS_KEPT,
     SCATTERED_VALUE_S,
     SHORT_RUN,
     SMALLEST_BUFFER,
+    TURNED_VALUE_S,
     best,
     copy_s,
     pass_s,
-    products_s,
-    unpacked_s,
 )
 from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
+from gemmconv.lowerings.products import LARGEST, tile_columns, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -61,9 +56,6 @@ _PACK_SHARE = 0.5
 # Cuts along Cout that are weighed; GEMM wants 16 columns at the least.
 _PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 _FEW_CHANNELS = 16
-# The most bytes of a packed filter; of products that are not packed the fewest rows, and the most values of a tap: each
-# of them reads all of it.
-_MOST_PACKED, _FEW_ROWS, _MOST_TAP = 32 << 20, 16, 1 << 14
 
 
 class Block(NamedTuple):
@@ -103,7 +95,7 @@ class ByTaps(AsItLies):
     rows: int  # the most rows of a GEMM
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
-    turned: bool  # whether the filter is packed, [tap, cin, cout], for products that BLAS does not pack
+    turned: int  # the columns of the tiles of a filter that is packed, for products that BLAS does not pack; or 0
     programs: dict[int, list[list[Step]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -126,9 +118,8 @@ class ByTaps(AsItLies):
         return math.prod(self.problem.kernel) * self.problem.cout * self.problem.cin if self.turned else 0
 
     def pack(self, filter: Array, packed: Array) -> None:
-        """Turn the filter of each tap."""
-        to = packed.reshape(-1, self.problem.cin, self.problem.cout)
-        np.copyto(to, filter.reshape(-1, self.problem.cout, self.problem.cin).swapaxes(1, 2))
+        """Turn the filter."""
+        turn(filter, packed, self.turned)
 
     @property
     def whole_behind(self) -> int:  # type: ignore[override]
@@ -161,7 +152,7 @@ class ByTaps(AsItLies):
 
     @property
     def largest_product(self) -> int:
-        return self.rows * self.taps * self.channels * self.depth
+        return LARGEST if self.turned else self.rows * self.taps * self.channels * self.depth
 
     @property
     def workspace_bytes(self) -> int:
@@ -190,12 +181,10 @@ class ByTaps(AsItLies):
         # A row of the output is contiguous where all its lanes, phases and channels are stored together.
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
         steps = gemms * self.taps // self.lanes
-        if self.turned:
-            total = copy_s(self.packed_values, problem.cin, strided=True) + gemms * pieces * unpacked_s(
-                1, rows, n / pieces, problem.cin
-            )
-        else:
-            total = gemms * pieces * products_s(rows, n / pieces, problem.cin, few_rows(problem))
+        total = (
+            gemms * pieces * formed_s(problem, rows, n / pieces, tap_major=False, turned=self.turned, spilled=spilled)
+        )
+        total += self.packed_values * TURNED_VALUE_S
         if self.direct:
             if scattered:
                 return total + steps * rows * self.lanes * self.channels * SCATTERED_VALUE_S
@@ -377,7 +366,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     pairs = [(i, j) for i in range(len(found[0])) for j in range(len(found[1]))]
     pairs.sort(key=lambda pair: -len(found[0][pair[0]].taps) * len(found[1][pair[1]].taps))
 
-    def candidate(rows: int, channels: int, joined: bool, turned: bool) -> ByTaps:
+    def candidate(rows: int, channels: int, joined: bool, turned: int) -> ByTaps:
         batch = 1 if problem.layout == "NCDHW" else max(1, rows // math.prod(counts))
         chunks = (max(1, rows // (counts[1] * counts[2])), max(1, rows // counts[2]), rows)
         cuts = [
@@ -406,18 +395,12 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     channels = sorted({c for c in channels if c % _FEW_CHANNELS == 0} | {channels[0]})
     # Filter rows of all taps of W follow each other where output channels are not cut.
     wide = [(channels[-1], True)] if not tiled and w.kernel > 1 else []
-    item = problem.compute_dtype.itemsize
-    unpacked = (
-        problem.layout == "NDHWC"
-        and problem.compute_dtype.kind == "f"
-        and not widens
-        and math.prod(problem.filter_shape) * item <= _MOST_PACKED
-        and problem.cout >= _FEW_CHANNELS
-        and problem.cout * problem.cin <= _MOST_TAP
-        and small_products() >= _FEW_ROWS * unpacked_columns(problem.cout, problem.cin) * problem.cin
-    )
     shapes = [*((c, False) for c in channels), *wide]
-    return best([candidate(r, *c, t) for t in (False, True)[: 1 + unpacked] for r in rows for c in shapes], machine)
+    ways = [(*shape, 0) for shape in shapes]
+    if unpacked(problem) and not widens:
+        turned = ((*shape, tile_columns(Cut(problem.cout, shape[0]), problem.cin)) for shape in shapes)
+        ways += [way for way in turned if way[2]]
+    return best([candidate(r, *way) for r in rows for way in ways], machine)
 
 
 def largest_hull(chunk: Sequence[int], whole: tuple[int, int, int, int]) -> int:

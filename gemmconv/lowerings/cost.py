@@ -12,11 +12,11 @@ from gemmconv.blas import serial_products
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 
-# GEMM: the rate of large products, and the sizes of m, n and k at which half of it is reached.
-_GEMM_FLOPS_PER_S = 200e9
+# GEMM: the rate of large products between other work, and the sizes of m, n and k at which half of it is reached.
+_GEMM_FLOPS_PER_S = 135e9
 _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
-# Small products one after the other in a single step, without packing.
-_SMALL_FLOPS_PER_S = 180e9
+# Small products one after the other in a single step, without packing, and the k at which half of it is reached.
+_SMALL_FLOPS_PER_S, _SMALL_HALF_K = 145e9, 6
 # A value of a matrix that is read once, from memory.
 _STREAMED_VALUE_S = 0.25e-9
 # A value of a large filter that small products read once.
@@ -31,8 +31,10 @@ _BUFFERED_VALUE_S, _BUFFERED_RUN_S = 0.35e-9, 5e-9
 # A value copied, and each inner loop of copies.
 _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
-_SPILLED_VALUE_S = 0.15e-9
+SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
+# A value of a matrix that is turned.
+TURNED_VALUE_S = 2e-9
 # What a run costs more that is read from memory, beyond any cache, and does not follow the one before.
 _FAR_RUN_S = 60e-9
 # A value added with neither side in inner loops that are beside each other, as columns stored with channels first.
@@ -76,44 +78,42 @@ def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
     """Return the time of one GEMM call; `spilled` says that it adds to sums that are not in cache."""
     if m == 1 and n * k > serial_products():  # as gemv
         return _STEP_S + n * k * _STREAMED_VALUE_S
-    added = m * n * _SPILLED_VALUE_S if spilled else 0.0
+    added = m * n * SPILLED_VALUE_S if spilled else 0.0
     return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
 
 
-def unpacked_s(pieces: int, m: float, n: float, k: float) -> float:
-    """Return the time of a product in pieces so small that they are not packed."""
-    return pieces * _STEP_S + 2 * m * n * k / _SMALL_FLOPS_PER_S
+def unpacked_s(m: float, n: float, k: float, parts: int = 0) -> float:
+    """Return the time of a product that is not packed, in one step and one more for each part that is added."""
+    return (2 + parts) * _STEP_S + parts * m * n * 3 * _VALUE_S + 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
 
 
 def streamed_s(values: float, run: float) -> float:
     """Return what it costs more to read values in runs from memory, beyond any cache."""
-    return values * (_SPILLED_VALUE_S + _FAR_RUN_S / run)
+    return values * (SPILLED_VALUE_S + _FAR_RUN_S / run)
 
 
-def products_s(m: float, n: float, k: float, few: bool) -> float:
-    """Return the time of one GEMM call, or with few rows of the products in its place; see base.Columns."""
-    if not few or m == 1:
-        return gemm_s(m, n, k)
+def few_s(m: float, n: float, k: float) -> float:
+    """Return the time of a product with few rows, which are turned, and what is formed turned back."""
     turned = m * n * _STRIDED_VALUE_S
     return 2 * _STEP_S + n * k * _READ_VALUE_S + turned + 2 * m * n * k / _SMALL_FLOPS_PER_S
 
 
 def small_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
     """Return the time of small products that together are m by n by k, in one step, and of adding them to sums."""
-    added = m * n * (2 * _VALUE_S + spilled * _SPILLED_VALUE_S)
-    return 2 * _STEP_S + added + 2 * m * n * k / _SMALL_FLOPS_PER_S
+    added = m * n * (2 * _VALUE_S + spilled * SPILLED_VALUE_S)
+    return 2 * _STEP_S + added + 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
 
 
 def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
     """Return the time to add values in inner loops of `run` values."""
     value_s, run_s = (_BUFFERED_VALUE_S, _BUFFERED_RUN_S) if run < SHORT_RUN else (_VALUE_S, _RUN_S)
-    return _PASS_STEP_S + values * (value_s + run_s / max(1, run) + spilled * _SPILLED_VALUE_S)
+    return _PASS_STEP_S + values * (value_s + run_s / max(1, run) + spilled * SPILLED_VALUE_S)
 
 
 def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:
     """Return the time to copy values in `steps` copies with inner loops of `run` values."""
     each = _STRIDED_VALUE_S if strided else _COPIED_VALUE_S + _COPIED_RUN_S / max(1, run)
-    return steps * _PASS_STEP_S + values * (each + spilled * _SPILLED_VALUE_S)
+    return steps * _PASS_STEP_S + values * (each + spilled * SPILLED_VALUE_S)
 
 
 def best(schedules: Sequence[S], machine: Machine) -> S:

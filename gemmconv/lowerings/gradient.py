@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import (
     Array,
@@ -28,9 +29,10 @@ from gemmconv.lowerings.base import (
     must_widen,
     store,
 )
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s
-from gemmconv.lowerings.im2col import columns_run, row_cuts, strided, tap_boxes
-from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, workspace_bytes
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, unpacked_s
+from gemmconv.lowerings.im2col import columns_run, orders, row_cuts, strided, tap_boxes
+from gemmconv.lowerings.products import LARGEST, multiply, parts_values, unpacked
+from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, phases_apart, rearranges, workspace_bytes
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -54,6 +56,7 @@ class Gradient:
     channels: Cut
     taps: tuple[Taps, ...]  # of blocks
     grid: int  # values
+    tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
 
     packed_values = 0
 
@@ -97,6 +100,9 @@ class Gradient:
 
     @property
     def largest_product(self) -> int:
+        taps = min(math.prod(stop - start for start, stop in box) for box in self.taps)
+        if min(taps * self.problem.cout, self.channels.shortest) > 1 and self._unpacked:
+            return LARGEST
         return self.rows * self.channels.longest * self.deep * self.problem.cout
 
     @property
@@ -104,7 +110,19 @@ class Gradient:
         problem, n = self.problem, self.channels.longest
         columns = self.rows * self.deep * problem.cout
         sums = 0 if self.problem.dtype.kind == "f" and not self.widens else self.deep * problem.cout * n
-        return workspace_bytes((self.grid, columns, sums, self.widens * self.rows * n), problem.compute_dtype.itemsize)
+        values = self.grid, columns, sums, self._parts, self.widens * self.rows * n
+        return workspace_bytes(values, problem.compute_dtype.itemsize)
+
+    @property
+    def _unpacked(self) -> bool:
+        """Whether products are not packed: not with channels first, where BLAS has no good kernel for the operands."""
+        return self.problem.layout == "NDHWC" and unpacked(self.problem)
+
+    @property
+    def _parts(self) -> int:
+        """The values that parts of unpacked products take."""
+        k, item = self.deep * self.problem.cout, self.problem.compute_dtype.itemsize
+        return parts_values(k, self.channels.longest, self.rows, item, True) if self._unpacked else 0
 
     @property
     def reason(self) -> str:
@@ -117,26 +135,37 @@ class Gradient:
         runs = math.prod(map(len, self.cuts))
         rows = problem.batch * math.prod(problem.coarse) / runs
         n = problem.cin / len(self.channels)
-        total = 0.0
+        total, moved = 0.0, rearranges(problem, w, self.tap_major)
         for box in self.taps:
             many = [stop - start for start, stop in box]
             k = math.prod(many) * problem.cout
-            each = copy_s(rows * k, columns_run(problem, w, box[2]), spilled=True, strided=strided(problem, w))
-            each += gemm_s(k, n, rows)
+            each = copy_s(
+                rows * k,
+                columns_run(problem, w, box[2], self.tap_major),
+                spilled=not self.grid,
+                strided=strided(w, self.tap_major, self.grid),
+            )
+            each += unpacked_s(k, n, rows, 1) if self._unpacked else gemm_s(k, n, rows)
             if self.grid:
                 positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)
-                each += copy_s(positions * problem.cout, w.fine, spilled=True)
+                each += copy_s(positions * problem.cout, w.fine, spilled=True, strided=moved)
             total += runs * each
         return total * len(self.channels)
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
         problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
-        channels_first = problem.layout == "NCDHW"
+        channels_first, item = problem.layout == "NCDHW", gemm.itemsize
         windows = workspace.once(
             operands,
             lambda: Windows(
-                problem, self.axes, operands.value, workspace, self.rows * self.deep * problem.cout, self.grid
+                problem,
+                self.axes,
+                operands.value,
+                workspace,
+                self.rows * self.deep * problem.cout,
+                self.grid,
+                self.tap_major,
             ),
         )
         taps, channels = self.block(index)
@@ -153,6 +182,7 @@ class Gradient:
         ld_sums = operands.steps[2][3] if in_place else n
         sums[...] = 0
         to = address(sums)
+        parts = workspace.take(self._parts)
         wide = workspace.take(self.rows * n) if self.widens else None
         for batch, depth, height, width in product(*self.cuts):
             rows = Box(batch, depth, height, width)
@@ -168,10 +198,15 @@ class Gradient:
                 part, ld = widened, m if channels_first else n
             if clock:
                 clock("pack")
-            if channels_first:
+            if self._unpacked and min(k, n) > 1:
+                columns = windows.buffer[: m * k]
+                by_tap = columns.reshape(k, m) if self.tap_major else columns.reshape(m, k).T
+                multiply(by_tap, part.reshape(m, n), as_strided(sums, (k, n), (ld_sums * item, item)), parts, adds=True)
+            elif channels_first:
                 gemm(k, n, m, windows.address, m, False, address(part), ld, True, to, ld_sums, True)
             else:
-                gemm(k, n, m, windows.address, k, True, address(part), ld, False, to, ld_sums, True)
+                columns_ld, lie_by_row = m if self.tap_major else k, not self.tap_major
+                gemm(k, n, m, windows.address, columns_ld, lie_by_row, address(part), ld, False, to, ld_sums, True)
             if clock:
                 clock("gemm")
         if not in_place:
@@ -191,15 +226,15 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
     every = problem.batch * math.prod(problem.coarse)
     kernel = math.prod(problem.kernel)
 
-    def candidate(rows: int, taps: int, parts: int) -> Gradient:
+    def candidate(rows: int, taps: int, parts: int, tap_major: bool) -> Gradient:
         cuts = row_cuts(problem, axes, rows)
         boxes = tap_boxes(axes, taps)
         longest = [cut.longest for cut in cuts]
-        grid = 0
+        grid, apart = 0, phases_apart(axes[2], tap_major)
         for box in boxes:
-            values = longest[0] * grid_values(axes, longest[1:], [b - a for a, b in box]) * problem.cout
+            values = longest[0] * grid_values(axes, longest[1:], [b - a for a, b in box], apart) * problem.cout
             grid = max(grid, values if values <= most else 0)
-        return Gradient(problem, axes, cuts, Cut(problem.cin, -(-problem.cin // parts)), boxes, grid)
+        return Gradient(problem, axes, cuts, Cut(problem.cin, -(-problem.cin // parts)), boxes, grid, tap_major)
 
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     found = []
@@ -207,5 +242,5 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
         most_taps = max(1, columns // (rows * problem.cout))
         wanted = {kernel, axes[1].kernel * axes[2].kernel, axes[2].kernel, 1}
         of_taps = {n for n in wanted if n <= most_taps and kernel <= n * _MOST_BOXES} or {min(kernel, most_taps)}
-        found += [candidate(rows, n, p) for n in sorted(of_taps) for p in parts]
+        found += [candidate(rows, n, p, o) for n in sorted(of_taps) for p in parts for o in orders(problem, axes[2])]
     return best(found, machine)

@@ -1,8 +1,9 @@
 """im2col: a convolution as one GEMM for some rows, of the column buffer with the filter as it lies.
 
 A block is a run of rows of the result, with some of its channels. Its windows of the fine array are copied to columns
-in cache, some taps at a time, and each GEMM adds the products of those to the rows; with channels first it forms
-[channel, row] from columns [tap, row]. Rows are written where they stay, but for half precisions and complex numbers.
+in cache, some taps at a time, and their products are added to the rows, in one GEMM or in many that BLAS does not pack.
+Columns lie [row, tap], or [tap, row] with channels first, where [channel, row] is formed, and where channels are few:
+then whole lines are copied. Rows are written where they stay, but for half precisions and complex numbers.
 """
 
 from __future__ import annotations
@@ -10,17 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.blas import small_products
 from gemmconv.lowerings.base import (
     Array,
     Bounds,
     Box,
     Cut,
+    NotFiniteError,
     Operands,
     Range,
     Workspace,
@@ -28,23 +28,34 @@ from gemmconv.lowerings.base import (
     canonical,
     digit,
     five,
+    is_finite,
     store,
     too_far,
 )
 from gemmconv.lowerings.by_rows import groups
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, streamed_s, unpacked_s
-from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, workspace_bytes
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, streamed_s, unpacked_s
+from gemmconv.lowerings.products import LARGEST, multiply, parts_of, parts_values, unpacked
+from gemmconv.lowerings.windows import (
+    Taps,
+    Windows,
+    grid_values,
+    inside,
+    phases_apart,
+    rearranges,
+    workspace_bytes,
+)
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
 # Rows of a block and cuts of the channels that are weighed; channels are not cut below _WIDE.
-_ROWS = (32, 64, 128, 256, 512, 1024, 2048)
+_ROWS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _PARTS = (1, 2, 4, 8, 16, 32)
 _WIDE = 32
-# Of the L2 cache: columns, and the grid of values they are copied from.
-_COLUMNS_SHARE, _GRID_SHARE = 0.4, 1.0
-# Rows for which the filter is not packed, and the most channels of such a product.
-_FEW_ROWS, _FEW_CHANNELS = 128, 256
+# Of the L2 cache: columns that GEMM packs, those of products that are not packed, which read them once, with a cost
+# above a share; and the grid of values they are copied from.
+_COLUMNS_SHARE, _UNPACKED_SHARE, _SPILLED_SHARE, _GRID_SHARE = 0.4, 2.0, 0.5, 2.0
+# Values of a row that are copied in one run, up to which columns of whole lines are weighed too.
+_SHORT = 32
 # Blocks of whole planes of the result that are weighed too, by how many of them there are.
 _BLOCKS = range(2, 9)
 
@@ -66,6 +77,7 @@ class Im2Col:
     channels: Cut
     taps: tuple[Taps, ...]  # of the GEMMs of a block
     grid: int  # values
+    tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
 
     @property
     def packs(self) -> bool:
@@ -110,17 +122,45 @@ class Im2Col:
 
     @property
     def largest_product(self) -> int:
+        least = min(math.prod(cut.shortest for cut in self.cuts), self.channels.shortest)
+        if least > 1 and unpacked(self.problem):
+            return LARGEST
         return self.rows * self.channels.longest * self.deep * self.problem.cout
 
     @property
     def workspace_bytes(self) -> int:
         sums = 0 if self.direct else self.rows * self.channels.longest
         columns = self.rows * self.deep * self.problem.cout
-        return workspace_bytes((self.grid, columns, sums), self.problem.compute_dtype.itemsize)
+        return workspace_bytes((self.grid, columns, self._parts, sums), self.problem.compute_dtype.itemsize)
+
+    @property
+    def _parts(self) -> int:
+        """The values that parts of unpacked products take."""
+        if not unpacked(self.problem):
+            return 0
+        item = self.problem.compute_dtype.itemsize
+        deep = {math.prod(stop - start for start, stop in box) * self.problem.cout for box in self.taps}
+        return max(parts_values(*self._sizes, k, item, len(self.taps) > 1) for k in deep)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """The most rows and columns of an unpacked product."""
+        m, n = self.rows, self.channels.longest
+        return (n, m) if self.problem.layout == "NCDHW" else (m, n)
+
+    @property
+    def padded(self) -> bool:
+        """Whether zeros around the fine array are multiplied with the filter: with NaN or Inf in it they are NaN."""
+        return not all(inside(axis) for axis in self.axes)
 
     @property
     def wants_finite_filter(self) -> bool:
-        return not all(inside(axis) for axis in self.axes)
+        """Whether the filter is looked at before, not the results, which are fewer where it is large."""
+        return self.padded and not self._looks_at_results
+
+    @property
+    def _looks_at_results(self) -> bool:
+        return self.padded and math.prod(self.problem.filter_shape) > math.prod(self.problem.coarse_shape)
 
     @property
     def packed_values(self) -> int:
@@ -142,24 +182,30 @@ class Im2Col:
         problem, w = self.problem, self.axes[2]
         rows = problem.batch * math.prod(problem.coarse) / math.prod(map(len, self.cuts))
         n, cut = problem.cin / len(self.channels), len(self.channels) > 1
-        streamed = math.prod(problem.filter_shape) * problem.compute_dtype.itemsize > machine.l2_bytes
+        item = problem.compute_dtype.itemsize
+        streamed = math.prod(problem.filter_shape) * item > machine.l2_bytes
         total = 0.0
         for box in self.taps:
             taps = math.prod(stop - start for start, stop in box)
             values = rows * taps * problem.cout
-            if self.grid or not self.wants_finite_filter:
-                run = columns_run(problem, w, box[2])
-                total += copy_s(values, run, spilled=True, strided=strided(problem, w))
+            if self.grid or not self.padded:
+                run = columns_run(problem, w, box[2], self.tap_major)
+                total += copy_s(values, run, spilled=not self.grid, strided=strided(w, self.tap_major, self.grid))
             else:  # tap by tap, after zeros
-                run = columns_run(problem, w, (0, 1))
-                total += copy_s(values, run, steps=4 * taps, spilled=True, strided=strided(problem, w))
-                total += copy_s(values, values)
+                run = columns_run(problem, w, (0, 1), self.tap_major)
+                each = copy_s(values, run, steps=4 * taps, spilled=True, strided=strided(w, self.tap_major))
+                total += each + copy_s(values, values)
             k = taps * problem.cout
-            pieces = math.prod(map(len, self._pieces(round(rows), round(n), k)))
-            total += unpacked_s(pieces, rows, n, k) if pieces > 1 else gemm_s(rows, n, k)
-            total += streamed_s(n * k, n if cut else math.inf) if streamed else 0.0
-        positions = grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], problem.kernel)
-        total += copy_s(min(self.grid, self.cuts[0].longest * positions * problem.cout), w.fine, spilled=True)
+            if min(rows, n) > 1 and unpacked(problem):
+                total += unpacked_s(rows, n, k, parts_of(*self._sizes, k, item, len(self.taps) > 1))
+                if values * item > machine.l2_bytes * _SPILLED_SHARE:
+                    total += values * SPILLED_VALUE_S
+            else:
+                total += gemm_s(rows, n, k)
+            if streamed and (cut or rows > 1):
+                total += streamed_s(n * k, n if cut else math.inf)
+        if self.padded or rearranges(problem, w, self.tap_major):
+            total += copy_s(self.grid, w.fine, spilled=True, strided=rearranges(problem, w, self.tap_major))
         values = rows * n
         return self.count * (total + copy_s(values, problem.cin, steps=1 if self.direct else 2, spilled=True))
 
@@ -170,9 +216,16 @@ class Im2Col:
         windows = workspace.once(
             operands,
             lambda: Windows(
-                problem, self.axes, operands.value, workspace, self.rows * self.deep * problem.cout, self.grid
+                problem,
+                self.axes,
+                operands.value,
+                workspace,
+                self.rows * self.deep * problem.cout,
+                self.grid,
+                self.tap_major,
             ),
         )
+        parts = workspace.take(self._parts)
         rows, channels = self.block(index)
         m, n = math.prod(rows.sizes), channels[1] - channels[0]
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
@@ -182,14 +235,17 @@ class Im2Col:
         else:
             sums = five(problem.layout, workspace.take(m * n), rows.sizes[0], rows.sizes[1:], n)
             ld = m if channels_first else n
-        sums[...] = operands.start(channels)
+        start = operands.start(channels)
+        small = min(m, n) > 1 and unpacked(problem)
+        if not small:
+            sums[...] = start
         to = address(sums)
-        taps = operands.packed if self.packs else operands.filter
-        ld_taps = problem.cin if self.packs else problem.pitch
-        taps_at = address(taps) + channels[0] * item
+        flat = sums.reshape(m, n)  # rows follow each other, so this is a view
         _, kh, kw = (axis.kernel for axis in self.axes)
+        taps = operands.packed if self.packs else operands.filter
+        taps = taps.reshape(-1, problem.cin)[:, slice(*channels)]
         opened = windows.open(rows, self.window)
-        for box in self.taps:
+        for i, box in enumerate(self.taps):
             if clock:
                 clock("overhead")
             windows.copy(rows, box, opened)
@@ -197,31 +253,34 @@ class Im2Col:
                 clock("pack")
             k = math.prod(stop - start for start, stop in box) * problem.cout
             (d, _), (h, _), (w, _) = box
-            at = taps_at + ((d * kh + h) * kw + w) * problem.cout * ld_taps * item
-            if channels_first:
-                gemm(n, m, k, at, ld_taps, True, windows.address, m, False, to, ld, True)
+            first = ((d * kh + h) * kw + w) * problem.cout
+            if small:
+                filter, columns = taps[first : first + k], windows.buffer[: m * k]
+                by_row = columns.reshape(k, m).T if self.tap_major else columns.reshape(m, k)
+                if channels_first:
+                    multiply(filter.T, by_row.T, flat.T, parts, adds=i > 0)
+                else:
+                    multiply(by_row, filter, flat, parts, adds=i > 0)
             else:
-                for a, b in product(*self._pieces(m, n, k)):
-                    gemm(
-                        m, b[1] - b[0], a[1] - a[0], windows.address + a[0] * item, k, False,
-                        at + (a[0] * ld_taps + b[0]) * item, ld_taps, False, to + b[0] * item, ld, True,
-                    )  # fmt: skip
+                at, ld_taps = address(taps[first:]), taps.strides[0] // item
+                if channels_first:
+                    gemm(n, m, k, at, ld_taps, True, windows.address, m, False, to, ld, True)
+                else:
+                    ld_row = m if self.tap_major else k
+                    gemm(m, n, k, windows.address, ld_row, self.tap_major, at, ld_taps, False, to, ld, True)
             if clock:
                 clock("gemm")
+        if small:
+            # Of zero too, for its sign: products that underflow give -0.0.
+            np.add(sums, start, sums)
+        if self._looks_at_results and not is_finite(sums) and not is_finite(taps):
+            raise NotFiniteError
         if not self.direct:
             if problem.dtype.kind == "c":
                 sums += 0
             store(output, sums)
         if clock:
             clock("store")
-
-    def _pieces(self, m: int, n: int, k: int) -> tuple[Cut, Cut]:
-        """Cut k and n in products so small that BLAS does not pack them, if there are few rows; else in one."""
-        few = m <= _FEW_ROWS and self.problem.layout == "NDHWC" and self.problem.compute_dtype.kind == "f"
-        if not few or m * n * k <= small_products() or not small_products():
-            return Cut(k, k), Cut(n, n)
-        columns = Cut(n, _FEW_CHANNELS)
-        return Cut(k, small_products() // (m * columns.longest)), columns
 
     @property
     def window(self) -> Taps:
@@ -230,16 +289,21 @@ class Im2Col:
         return (0, d), (0, h), (0, w)
 
 
-def columns_run(problem: Problem, w: Axis, taps: Range) -> float:
+def columns_run(problem: Problem, w: Axis, taps: Range, tap_major: bool) -> float:
     """Return the length of inner loops when columns are copied."""
+    return w.coarse if tap_major else problem.cout * (taps[1] - taps[0] if w.dilation == 1 else 1)
+
+
+def strided(w: Axis, tap_major: bool, grid: int = 0) -> bool:
+    """Whether values that are copied to columns are not beside each other: in a grid those of a line are."""
+    return tap_major and w.stride > 1 and not grid
+
+
+def orders(problem: Problem, w: Axis) -> list[bool]:
+    """Return whether columns are weighed that lie [tap, channel, row], or [row, tap, channel], or both."""
     if problem.layout == "NCDHW":
-        return w.coarse
-    return problem.cout * (taps[1] - taps[0] if w.dilation == 1 else 1)
-
-
-def strided(problem: Problem, w: Axis) -> bool:
-    """Whether values that are copied to columns are not beside each other."""
-    return problem.layout == "NCDHW" and w.stride > 1
+        return [True]
+    return [False, True] if columns_run(problem, w, (0, w.kernel), False) <= _SHORT else [False]
 
 
 def row_cuts(problem: Problem, axes: Sequence[Axis], rows: int) -> tuple[Cut, Cut, Cut, Cut]:
@@ -262,19 +326,23 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
     """Choose the blocks for a problem, by the cost of every cut of rows and channels."""
     axes = canonical(problem.axes)
     item = problem.compute_dtype.itemsize
-    columns = int(machine.l2_bytes * _COLUMNS_SHARE) // item
+    columns = int(machine.l2_bytes * (_UNPACKED_SHARE if unpacked(problem) else _COLUMNS_SHARE)) // item
     most = int(machine.l2_bytes * _GRID_SHARE) // item
     d, h, w = (axis.coarse for axis in axes)
     every = problem.batch * d * h * w
 
-    def candidate(rows: int, parts: int) -> Im2Col:
+    def candidate(rows: int, parts: int, tap_major: bool) -> Im2Col:
         cuts = row_cuts(problem, axes, rows)
         longest = [cut.longest for cut in cuts]
         channels = Cut(problem.cin, -(-problem.cin // parts))
         taps = tap_boxes(axes, max(1, columns // (math.prod(longest) * problem.cout)))
-        grid = longest[0] * grid_values(axes, longest[1:], problem.kernel) * problem.cout
-        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0)
+        apart = phases_apart(axes[2], tap_major)
+        grid = longest[0] * grid_values(axes, longest[1:], problem.kernel, apart) * problem.cout
+        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, tap_major)
 
     planes = [-(-n // blocks) * each for n, each in ((problem.batch, d * h * w), (d, h * w)) for blocks in _BLOCKS]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
-    return best([candidate(r, n) for r in sorted({min(n, every) for n in (*_ROWS, *planes)}) for n in parts], machine)
+    every_rows = sorted({min(n, every) for n in (*_ROWS, *planes)})
+    return best(
+        [candidate(r, n, order) for r in every_rows for n in parts for order in orders(problem, axes[2])], machine
+    )

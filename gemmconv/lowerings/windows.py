@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
+from typing import NamedTuple
 
+import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import Array, Box, Range, Workspace, address, aligned, copy, five
@@ -19,66 +21,107 @@ from gemmconv.problem import Axis, Problem
 Taps = tuple[Range, Range, Range]
 
 
+class Opened(NamedTuple):
+    """What holds the values of some windows, [batch, d, h, phase, w, channel], and the fine position where it begins.
+
+    Values of width lie apart by their phase: their position modulo the number of phases, which is 1 or the stride.
+    """
+
+    array: Array
+    origin: tuple[int, int, int]
+
+
 class Windows:
     """Fills `buffer` with the columns of boxes of rows and taps, in the dtype of the sums.
 
-    Columns lie [row, tap, channel], or with channels first [tap, channel, row].
+    Columns lie [row, tap, channel], or with `tap_major` [tap, channel, row]: then values are first copied to a grid
+    with channels first and phases of width apart, if that is not how they lie, so that rows are copied as whole lines.
     """
 
     def __init__(
-        self, problem: Problem, axes: Sequence[Axis], fine: Array, workspace: Workspace, columns: int, grid: int
+        self,
+        problem: Problem,
+        axes: Sequence[Axis],
+        fine: Array,
+        workspace: Workspace,
+        columns: int,
+        grid: int,
+        tap_major: bool,
     ) -> None:
-        self._problem, self._axes = problem, axes
+        self._problem, self._axes, self._tap_major = problem, axes, tap_major
         self._fine = five(problem.layout, fine, problem.batch, [axis.fine for axis in axes], problem.cout)
         self._grid = workspace.take(grid)
         self.buffer = workspace.take(columns)
         self.address = address(self.buffer)
 
-    def open(self, rows: Box, taps: Taps) -> tuple[Array, tuple[int, ...]] | None:
-        """Return an array that holds all values these rows and taps need, and the fine position where it begins.
+    def open(self, rows: Box, taps: Taps) -> Opened | None:
+        """Return what holds all values these rows and taps need; None if it would be too large.
 
-        None if that would be too large; what the grid held before is lost.
+        What the grid held before is lost.
         """
         spans = [span(axis, r, t) for axis, r, t in zip(self._axes, rows[1:], taps, strict=True)]
         fine = self._fine[slice(*rows.batch)]
-        if all(start >= 0 and stop <= axis.fine for axis, (start, stop) in zip(self._axes, spans, strict=True)):
-            return fine, (0, 0, 0)
-        sizes = [stop - start for start, stop in spans]
-        many = fine.shape[0] * math.prod(sizes) * fine.shape[4]
+        lies = Opened(fine[:, :, :, np.newaxis], (0, 0, 0))
+        whole = all(start >= 0 and stop <= axis.fine for axis, (start, stop) in zip(self._axes, spans, strict=True))
+        if whole and not rearranges(self._problem, self._axes[2], self._tap_major):
+            return lies
+        apart = phases_apart(self._axes[2], self._tap_major)
+        d, h, w = (stop - start for start, stop in spans)
+        sizes = fine.shape[0], d, h, apart, -(-w // apart), fine.shape[4]
+        many = math.prod(sizes)
         if many > self._grid.size:
-            return None
-        grid = five(self._problem.layout, self._grid[:many], fine.shape[0], sizes, fine.shape[4])
+            return lies if whole else None
+        if self._tap_major:
+            grid = self._grid[:many].reshape(sizes[0], sizes[5], *sizes[1:5]).transpose(0, 2, 3, 4, 5, 1)
+        else:
+            grid = self._grid[:many].reshape(sizes)
         grid[...] = 0
+        origin = spans[0][0], spans[1][0], spans[2][0]
         inside = [(max(0, a), min(axis.fine, b)) for axis, (a, b) in zip(self._axes, spans, strict=True)]
         if all(a < b for a, b in inside):
-            to = [slice(a - start, b - start) for (a, b), (start, _) in zip(inside, spans, strict=True)]
-            copy(grid[:, *to], fine[:, *(slice(a, b) for a, b in inside)])
-        return grid, tuple(start for start, _ in spans)
+            to_d, to_h, to_w = (slice(a - start, b - start) for (a, b), start in zip(inside, origin, strict=True))
+            source = fine[:, *(slice(a, b) for a, b in inside)]
+            for phase in range(apart):
+                first = (phase - to_w.start) % apart  # of the values inside, the first in the phase
+                part = source[:, :, :, first::apart]
+                at = (to_w.start + first) // apart
+                copy(grid[:, to_d, to_h, phase, at : at + part.shape[3]], part)
+        return Opened(grid, origin)
 
-    def copy(self, rows: Box, taps: Taps, opened: tuple[Array, tuple[int, ...]] | None) -> None:
+    def copy(self, rows: Box, taps: Taps, opened: Opened | None) -> None:
         """Fill the buffer with the columns of a box of rows and a box of taps, from what `open` returned."""
         many = [stop - start for start, stop in taps]
         channels = self._problem.cout
         size = math.prod(rows.sizes) * math.prod(many) * channels
-        # Seen as [batch, row d, h, w, tap d, h, w, channel] in either layout.
-        if self._problem.layout == "NDHWC":
-            columns = self.buffer[:size].reshape(*rows.sizes, *many, channels)
-        else:
+        # Seen as [batch, row d, h, w, tap d, h, w, channel] in either order.
+        if self._tap_major:
             columns = self.buffer[:size].reshape(*many, channels, *rows.sizes).transpose(4, 5, 6, 7, 0, 1, 2, 3)
+        else:
+            columns = self.buffer[:size].reshape(*rows.sizes, *many, channels)
         if opened is None:
             self._copy_taps(rows, taps, columns)
             return
-        array, origin = opened
-        first = [
+        array = opened.array
+        d, h, w = (
             r[0] * axis.stride + t[0] * axis.dilation - axis.lo - start
-            for axis, r, t, start in zip(self._axes, rows[1:], taps, origin, strict=True)
-        ]
-        b, *along, c = array.strides
+            for axis, r, t, start in zip(self._axes, rows[1:], taps, opened.origin, strict=True)
+        )
+        of_b, of_d, of_h, _, of_w, of_c = array.strides
+        apart, (_, _, width) = array.shape[3], self._axes
+        # Taps of width that are so many apart lie in the same phase.
+        each = apart // math.gcd(apart, width.dilation)
         # The step along a single row or tap is never taken, and may be larger than any address.
-        by_row = [n * a.stride * (size > 1) for n, a, size in zip(along, self._axes, rows.sizes[1:], strict=True)]
-        by_tap = [n * a.dilation * (size > 1) for n, a, size in zip(along, self._axes, many, strict=True)]
-        corner = array[:, *(slice(at, None) for at in first)]
-        copy(columns, as_strided(corner, columns.shape, (b, *by_row, *by_tap, c)))
+        steps = [
+            n * a.stride * (size > 1) for n, a, size in zip((of_d, of_h), self._axes, rows.sizes[1:], strict=False)
+        ]
+        steps += [of_w * (width.stride // apart) * (rows.sizes[3] > 1)]
+        steps += [n * a.dilation * (size > 1) for n, a, size in zip((of_d, of_h), self._axes, many, strict=False)]
+        for tap in range(min(each, many[2])):
+            at = w + tap * width.dilation
+            to = columns[..., tap::each, :]
+            by_tap = of_w * (each * width.dilation // apart) * (to.shape[6] > 1)
+            corner = array[:, d:, h:, at % apart, at // apart :]
+            copy(to, as_strided(corner, to.shape, (of_b, *steps, by_tap, of_c)))
 
     def _copy_taps(self, rows: Box, taps: Taps, columns: Array) -> None:
         columns[...] = 0
@@ -108,9 +151,20 @@ def inside(axis: Axis) -> bool:
     return start >= 0 and stop <= axis.fine
 
 
-def grid_values(axes: Sequence[Axis], rows: Sequence[int], taps: Sequence[int]) -> int:
+def phases_apart(width: Axis, tap_major: bool) -> int:
+    """Return how many phases of width lie apart in a grid."""
+    return width.stride if tap_major else 1
+
+
+def rearranges(problem: Problem, width: Axis, tap_major: bool) -> bool:
+    """Whether values are copied to a grid even where all windows lie inside the fine array."""
+    return tap_major and (width.stride > 1 or problem.layout == "NDHWC")
+
+
+def grid_values(axes: Sequence[Axis], rows: Sequence[int], taps: Sequence[int], apart: int = 1) -> int:
     """Return the positions of a grid for so many rows and taps along each axis."""
-    return math.prod((n - 1) * a.stride + (k - 1) * a.dilation + 1 for a, n, k in zip(axes, rows, taps, strict=True))
+    d, h, w = ((n - 1) * a.stride + (k - 1) * a.dilation + 1 for a, n, k in zip(axes, rows, taps, strict=True))
+    return d * h * -(-w // apart) * apart
 
 
 def workspace_bytes(values: Sequence[int], item: int) -> int:

@@ -1,0 +1,215 @@
+"""Columns: the products of rows of the value and rows of the filter, in a buffer, for every order of work of col2im.
+
+There are three ways to form them. GEMM takes both operands as they lie, and packs them. Where BLAS has kernels for
+small products (products.py) a filter that was turned before is multiplied without packing, and so is one as it lies,
+with rows that are its columns: with channels first they are that already, and few rows are turned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import Array, Box, Operands, Workspace, address, five, must_widen
+from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, unpacked_s
+from gemmconv.lowerings.products import multiply, multiply_tiles, parts_values, unpacked
+from gemmconv.problem import Axis, Problem
+
+# Few rows, their most values, and the least of a filter that is large beside them.
+_FEW_ROWS, _SMALL, _LARGE = 64, 1 << 17, 1 << 15
+# The fewest rows that are columns of a product: a vector of BLAS' kernels.
+_VECTOR = 16
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of the filter, seen as [kd*kh*kw*Cout, Cin], and the first of their columns."""
+
+    first: int
+    rows: int
+    column: int
+
+
+class Rows(NamedTuple):
+    """A contiguous run of rows in memory: `m` of them, or with channels first `ld` apart from channel to channel."""
+
+    hull: Box
+    m: int
+    address: int
+    ld: int
+
+
+class Columns:
+    """Forms columns for one block, in `buffer`.
+
+    Operands in the dtype of the sums are used as they lie. Others are widened, `depth` channels at a time, into arrays
+    of the workspace that hold `rows` and `taps`, never as a whole. With `turned` the packed filter is used, in tiles
+    of so many columns, as `turn` makes them.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        axes: Sequence[Axis],
+        operands: Operands,
+        workspace: Workspace,
+        rows: int,
+        taps: int,
+        depth: int,
+        widens: bool,
+        turned: int = 0,
+    ) -> None:
+        sizes = [axis.coarse for axis in axes]
+        self.buffer = workspace.take(rows * taps)
+        self._cin, self._depth, self._widens = problem.cin, depth, widens
+        self._pitch = problem.pitch
+        self._transposed = problem.layout == "NCDHW"
+        self._steps = operands.steps[0]
+        self._gemm = workspace.gemm
+        self._filter = operands.filter.reshape(-1, problem.cin)
+        self._grid = five(problem.layout, operands.value, problem.batch, sizes, problem.cin)
+        self._held: tuple[Box, int] | None = None
+        self._tiles = operands.packed.reshape(-1, problem.cin, turned) if turned else None
+        self._few = few_rows(problem) and not turned
+        self._unpacked = self._transposed and not widens and not turned and unpacked(problem)
+        self._rows, self._taps, self._turned_rows, self._across, self._parts = map(
+            workspace.take, _extra_values(problem, rows, taps, depth, widens, turned)
+        )
+        # Asking an array for its address costs about as much as a small addition.
+        arrays = (operands.value, operands.filter, self.buffer, self._rows, self._taps)
+        self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = map(address, arrays)
+
+    def locate(self, hull: Box) -> Rows:
+        """Return where a hull's rows are, for any number of calls of `form`."""
+        (b, _), (d, _), (h, _), (w, _) = hull
+        of_b, of_d, of_h, of_w, of_c = self._steps
+        offset = b * of_b + d * of_d + h * of_h + w * of_w
+        ld = of_c if self._transposed else of_w
+        return Rows(hull, math.prod(hull.sizes), self._value_at + offset * self._gemm.itemsize, ld)
+
+    def form(self, rows: Rows, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
+        """Form the columns of rows and of pieces of the filter, with `ld` values from line to line.
+
+        Columns lie [row, tap] or, tap_major, [tap, row].
+        """
+        cin, m = self._cin, rows.m
+        if self._tiles is not None:
+            value, to, n = self._flat(rows), self.buffer[: m * ld].reshape(m, ld), self._tiles.shape[2]
+            for piece in pieces:
+                tiles = self._tiles[piece.first // n : (piece.first + piece.rows) // n]
+                multiply_tiles(value, tiles, to[:, piece.column : piece.column + piece.rows])
+            return
+        if not self._widens:
+            for piece in pieces:
+                if self._few and m > 1 and piece.rows * cin >= _LARGE:
+                    self._form_across(self._as_columns(rows), piece, ld, tap_major)
+                elif self._unpacked and tap_major and m >= _VECTOR and piece.rows > 1:
+                    self._form_across(self._flat(rows).T, piece, ld, tap_major)
+                else:
+                    at = self._filter_at + piece.first * self._pitch * self._gemm.itemsize
+                    self._multiply(m, cin, rows.address, rows.ld, piece, at, self._pitch, ld, tap_major, False)
+            return
+        for start in range(0, cin, self._depth):
+            self._widen(rows.hull, start)
+            k = min(self._depth, cin - start)
+            for piece in pieces:
+                part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
+                np.copyto(self._taps[: part.size].reshape(part.shape), part, casting="unsafe")
+                ld_rows = m if self._transposed else k
+                self._multiply(m, k, self._rows_at, ld_rows, piece, self._taps_at, k, ld, tap_major, start > 0)
+
+    def _multiply(
+        self, m: int, k: int, rows: int, ld_rows: int, piece: Piece, taps: int, ld_taps: int,
+        ld: int, tap_major: bool, accumulate: bool,
+    ) -> None:  # fmt: skip
+        gemm = self._gemm
+        if tap_major:
+            to = self._buffer_at + piece.column * ld * gemm.itemsize
+            gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not self._transposed, to, ld, accumulate)
+        else:
+            to = self._buffer_at + piece.column * gemm.itemsize
+            gemm(m, piece.rows, k, rows, ld_rows, self._transposed, taps, ld_taps, True, to, ld, accumulate)
+
+    def _form_across(self, value: Array, piece: Piece, ld: int, tap_major: bool) -> None:
+        """Form the columns of a piece of the filter as it lies and of rows [cin, row], without packing."""
+        m, n = value.shape[1], piece.rows
+        taps = self._filter[piece.first : piece.first + n]
+        if tap_major:
+            to = self.buffer[piece.column * ld : (piece.column + n) * ld].reshape(n, ld)[:, :m]
+        else:
+            to = self._across[: n * m].reshape(n, m)
+        multiply(taps, value, to, self._parts)
+        if not tap_major:
+            np.copyto(self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + n], to.T)
+
+    def _flat(self, rows: Rows) -> Array:
+        """Return the rows of a hull as they lie, [row, cin]."""
+        return self._grid[tuple(slice(*r) for r in rows.hull)].reshape(rows.m, self._cin)
+
+    def _as_columns(self, rows: Rows) -> Array:
+        """Return the rows of a hull turned to columns, unless they are what is held already."""
+        turned = self._turned_rows[: self._cin * rows.m].reshape(self._cin, rows.m)
+        if self._held != (rows.hull, 0):
+            np.copyto(turned, self._flat(rows).T)
+            self._held = (rows.hull, 0)
+        return turned
+
+    def _widen(self, hull: Box, start: int) -> None:
+        """Widen the rows of a hull, unless they are what is held already; the layout stays."""
+        if self._held == (hull, start):
+            return
+        part = self._grid[(*(slice(*r) for r in hull), slice(start, min(start + self._depth, self._cin)))]
+        layout = "NCDHW" if self._transposed else "NDHWC"
+        to = five(layout, self._rows[: part.size], part.shape[0], part.shape[1:4], part.shape[4])
+        np.copyto(to, part, casting="unsafe")
+        self._held = (hull, start)
+
+
+def few_rows(problem: Problem) -> bool:
+    """Whether a value has so few rows that they are turned to be columns of products with a large filter."""
+    rows = problem.batch * math.prod(problem.coarse)
+    return (
+        rows <= _FEW_ROWS
+        and rows * problem.cin <= _SMALL
+        and problem.layout == "NDHWC"
+        and unpacked(problem)
+        and not must_widen(problem)
+        and math.prod(problem.filter_shape) >= _LARGE
+    )
+
+
+def turn(filter: Array, packed: Array, columns: int) -> None:
+    """Turn a filter to tiles of so many of its rows, [tile, cin, row]."""
+    cin = filter.shape[-1]
+    np.copyto(packed.reshape(-1, cin, columns), filter.reshape(-1, columns, cin).swapaxes(1, 2))
+
+
+def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int = 0) -> list[int]:
+    """Return the values that `Columns` takes of a workspace, one array after the other."""
+    return [rows * taps, *_extra_values(problem, rows, taps, depth, widens, turned)]
+
+
+def _extra_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int) -> list[int]:
+    cin, item = problem.cin, problem.compute_dtype.itemsize
+    if widens:
+        return [rows * depth, taps * depth, 0, 0, 0]
+    if turned:
+        return [0] * 5
+    if few_rows(problem):
+        return [0, 0, rows * cin, rows * taps, parts_values(taps, rows, cin, item)]
+    across = problem.layout == "NCDHW" and unpacked(problem)
+    return [0, 0, 0, 0, parts_values(taps, rows, cin, item) if across else 0]
+
+
+def formed_s(problem: Problem, m: float, n: float, *, tap_major: bool, turned: int = 0, spilled: bool = False) -> float:
+    """Return the time to form the columns of m rows and n rows of the filter; `spilled` says that they leave cache."""
+    written = m * n * SPILLED_VALUE_S if spilled else 0.0
+    if turned:
+        return unpacked_s(m, n, problem.cin) + written
+    if few_rows(problem) and m > 1:
+        return few_s(m, n, problem.cin) + written
+    if problem.layout == "NCDHW" and tap_major and m >= _VECTOR and unpacked(problem) and not must_widen(problem):
+        return unpacked_s(n, m, problem.cin) + written
+    return gemm_s(m, n, problem.cin) + written

@@ -1,0 +1,158 @@
+"""Products of matrices formed of small ones that BLAS does not pack, many in one step.
+
+GEMM copies both operands to panels before it multiplies, which pays for large ones. OpenBLAS has other kernels for
+small products of some processors: they read operands where they are, and are faster than the packed ones while a part
+of B stays in cache. Here a product is cut in as many as they take. NumPy forms those of a stack in one call, but does
+not add to what is there: where k is cut the parts are added afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from gemmconv.blas import small_products
+from gemmconv.lowerings.base import Array, Cut
+from gemmconv.problem import Problem
+
+# Rows of a product, if there can be so many; its columns, and the most that are not cut, in vectors of BLAS' kernels.
+_ROWS, _COLUMNS, _UNCUT, _VECTOR = 16, 32, 64, 16
+# Bytes of B that stay in cache while all rows are multiplied: one with more is cut along k, in lines as they lie, to a
+# least depth, and then to columns. Bytes of parts that are formed in one step.
+_KEPT, _PANEL, _LEAST = 1 << 19, 1 << 18, 128
+_PARTS = 1 << 18
+
+
+class Tile(NamedTuple):
+    """The sizes m, n and k of small products."""
+
+    rows: int
+    columns: int
+    depth: int
+
+
+# What schedules say is their largest product if all are formed here: BLAS never uses several threads for small ones.
+LARGEST = 1
+
+
+def unpacked(problem: Problem) -> bool:
+    """Whether BLAS is known to form small products of a problem's values without packing."""
+    return small_products() > 0 and problem.compute_dtype.kind == "f"
+
+
+@lru_cache(maxsize=1024)
+def tile(m: int, n: int, k: int, item: int) -> Tile:
+    """Return the sizes of small products for one of m by n by k of values of `item` bytes."""
+    most, few = _most(), min(m, _ROWS)
+    deepest = k if n * k * item <= _KEPT else min(k, max(_LEAST, _PANEL // (n * item)))
+    wide = (n,) if n <= _UNCUT else (c for c in (_UNCUT,) if n % c == 0)
+    columns = next((c for c in wide if few * c * deepest <= most), min(n, _COLUMNS))
+    parts = -(-k // max(1, min(deepest, most // (few * columns))))
+    # Parts of the same length are formed in one step.
+    parts = next((p for p in range(parts, 2 * parts) if k % p == 0), parts)
+    depth = -(-k // parts)
+    rows = min(m, max(2, most // (columns * depth)))
+    return Tile(-(-m // -(-m // rows)), columns, depth)
+
+
+def parts_of(m: int, n: int, k: int, item: int, adds: bool) -> int:
+    """Return in how many parts a product is formed that are added; `adds` says that it is added to what is there."""
+    parts = -(-k // tile(m, n, k, item).depth)
+    return parts if adds or parts > 1 else 0
+
+
+def parts_values(m: int, n: int, k: int, item: int, adds: bool = False) -> int:
+    """Return the values that such parts take, as many as are formed in one step."""
+    n = min(n, _widest(item))
+    return m * n * min(parts_of(m, n, k, item, adds), max(1, _PARTS // (m * n * item)))
+
+
+def multiply(a: Array, b: Array, out: Array, parts: Array, *, adds: bool = False) -> None:
+    """Form the product of a [m, k] and b [k, n] in out [m, n], or add it to what is there; m and n are not 1.
+
+    `parts` has `parts_values` of memory.
+    """
+    (m, k), n, item = a.shape, b.shape[1], out.itemsize
+    widest = _widest(item)
+    if n > widest:
+        for first, last in Cut(n, widest):
+            multiply(a, b[:, first:last], out[:, first:last], parts, adds=adds)
+        return
+    sizes = tile(m, n, k, item)
+    if not adds and sizes.depth >= k:
+        _form(a, b, out[np.newaxis], sizes)
+        return
+    most, whole = len(parts) // (m * n), k // sizes.depth
+    spans = [(start, min(whole, start + most)) for start in range(0, whole, most)]
+    for start, stop in [*spans, *[(whole, whole + 1)] * (whole * sizes.depth < k)]:
+        found = parts[: (stop - start) * m * n].reshape(-1, m, n)
+        span = slice(start * sizes.depth, stop * sizes.depth)
+        _form(a[:, span], b[span], found, sizes)
+        if not adds:
+            np.add.reduce(found, axis=0, out=out)
+            adds = True
+            continue
+        for part in found:
+            np.add(out, part, out)
+
+
+def _widest(item: int) -> int:
+    """Return the columns of B beyond which lines of the least depth are cut."""
+    return _PANEL // (_LEAST * item)
+
+
+def _form(a: Array, b: Array, out: Array, sizes: Tile) -> None:
+    """Form products of as many parts of k as `out` has, of the same depth."""
+    (m, k), n, p = a.shape, b.shape[1], len(out)
+    for n0, n1, c in alike(n, sizes.columns):
+        right = b[:, n0:n1].reshape(p, k // p, c, -1).transpose(0, 2, 1, 3)[:, :, np.newaxis]
+        for m0, m1, r in alike(m, sizes.rows):
+            left = a[m0:m1].reshape(r, -1, p, k // p).transpose(2, 0, 1, 3)[:, np.newaxis]
+            to = out[:, m0:m1, n0:n1].reshape(p, r, -1, c, (n1 - n0) // c).transpose(0, 3, 1, 2, 4)
+            np.matmul(left, right, out=to)
+
+
+def tile_columns(cut: Cut, k: int) -> int:
+    """Return the columns of the tiles of a matrix whose columns are cut so and that lies [tile, k, column]; or 0."""
+    whole = (cut.size,) if len(cut) == 1 and _VECTOR <= cut.size <= _UNCUT else ()
+    columns: int
+    for columns in (*whole, *range(_UNCUT, 0, -_VECTOR)):
+        if all(stop % columns == 0 for _, stop in cut) and _ROWS * columns * k <= _most():
+            return columns
+    return 0
+
+
+def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
+    """Form the product of a [m, k] and a matrix [tile, k, column] in out [m, tile * column]."""
+    (m, k), columns = a.shape, tiles.shape[2]
+    if m == 1:  # not as a vector; see `alike`
+        twice = np.empty((2, out.shape[1]), out.dtype)
+        multiply_tiles(np.concatenate([a, a]), tiles, twice)
+        np.copyto(out, twice[:1])
+        return
+    rows = min(m, _most() // (columns * k))
+    for start, stop, many in alike(m, -(-m // -(-m // rows))):
+        to = out[start:stop].reshape(many, -1, len(tiles), columns)
+        np.matmul(a[start:stop].reshape(1, many, -1, k), tiles[:, np.newaxis], out=to.transpose(2, 0, 1, 3))
+
+
+def _most() -> int:
+    """Return the largest product that is cut: some are formed with one row and one column more."""
+    return small_products() * 7 // 8
+
+
+def alike(size: int, each: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the start, the stop and the number of intervals of length `each`, and of what is left.
+
+    That is never 1, unless the size or `each` is: NumPy forms products of a vector otherwise, with bits that depend on
+    the steps between its values, and BLAS may use several threads. The last interval is one longer instead.
+    """
+    even = size - size % each
+    if size - even == 1 < each:
+        even -= each
+    for start, stop, many in ((0, even, even // each), (even, size, 1)):
+        if start < stop:
+            yield start, stop, many
