@@ -73,10 +73,15 @@ def fill(rows: Array, sizes: tuple[int, int, int], inside: tuple[slice, ...], va
     copy(part, value)
 
 
-def side_by_side(axis: Axis, of_axis: Slots, found: Sequence[Place]) -> Iterator[tuple[int, slice, slice, int]]:
-    """Yield places of width: first slot, q, fine positions, slots; all slots as one where they fill the output."""
+def side_by_side(
+    axis: Axis, of_axis: Slots, found: Sequence[Place], layout: str
+) -> Iterator[tuple[int, slice, slice, int]]:
+    """Yield places of width: first slot, q, fine positions, slots; all slots as one where they fill the output.
+
+    Not with channels first, where NumPy's inner loops would be along the slots.
+    """
     slots = len(of_axis.offsets)
-    if slots > 1 and slots == axis.stride and len(found) == slots:
+    if layout == "NDHWC" and slots > 1 and slots == axis.stride and len(found) == slots:
         start, stop = max(place.q.start for place in found), min(place.q.stop for place in found)
         if start < stop:
             first = found[0].fine.start + (start - found[0].q.start) * axis.stride

@@ -363,7 +363,7 @@ class Kn2Row:
         along = [list(places(axis, s, q)) for axis, s, q in zip(self.axes, self.slots, block[1:4], strict=True)]
         for d, h in product(*along[:2]):
             if group[0] <= d.slot < group[1]:
-                for w, q, fine, together in side_by_side(self.axes[2], self.slots[2], along[2]):
+                for w, q, fine, together in side_by_side(self.axes[2], self.slots[2], along[2], self.problem.layout):
                     where = (d.q, h.q, q, d.slot - group[0], h.slot, slice(w, w + together))
                     yield where, (d.fine, h.fine, fine), together
 

@@ -421,7 +421,7 @@ class Winograd:
         found = []
         along_w = list(places(self.axes[2], self.slots[2], (0, self.slots[2].count)))
         for place in places(self.axes[other], self.slots[other], spans[other]):
-            for w, q, fine_w, together in side_by_side(self.axes[2], self.slots[2], along_w):
+            for w, q, fine_w, together in side_by_side(self.axes[2], self.slots[2], along_w, self.problem.layout):
                 taken, put, slot = [tiles, tiles], [fine, fine], [0, 0]
                 taken[other], put[other], slot[other] = place.q, place.fine, place.slot
                 found.append((which, (*taken, q, *slot, slice(w, w + together)), (*put, fine_w), together))
