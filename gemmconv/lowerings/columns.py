@@ -103,7 +103,7 @@ class Columns:
             return
         if not self._widens:
             for piece in pieces:
-                if self._few and m > 1 and piece.rows * cin >= _LARGE:
+                if self._few and min(m, piece.rows) > 1 and piece.rows * cin >= _LARGE:
                     self._form_across(self._as_columns(rows), piece, ld, tap_major)
                 elif self._unpacked and tap_major and m >= _VECTOR and piece.rows > 1:
                     self._form_across(self._flat(rows).T, piece, ld, tap_major)

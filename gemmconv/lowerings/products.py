@@ -18,6 +18,8 @@ from gemmconv.blas import small_products
 from gemmconv.lowerings.base import Array, Cut
 from gemmconv.problem import Problem
 
+# What schedules say is their largest product if all are formed here: BLAS never uses several threads for small ones.
+LARGEST = 1
 # Rows of a product, if there can be so many; its columns, and the most that are not cut, in vectors of BLAS' kernels.
 _ROWS, _COLUMNS, _UNCUT, _VECTOR = 16, 32, 64, 16
 # Bytes of B that stay in cache while all rows are multiplied: one with more is cut along k, in lines as they lie, to a
@@ -34,10 +36,6 @@ class Tile(NamedTuple):
     depth: int
 
 
-# What schedules say is their largest product if all are formed here: BLAS never uses several threads for small ones.
-LARGEST = 1
-
-
 def unpacked(problem: Problem) -> bool:
     """Whether BLAS is known to form small products of a problem's values without packing."""
     return small_products() > 0 and problem.compute_dtype.kind == "f"
@@ -48,7 +46,7 @@ def tile(m: int, n: int, k: int, item: int) -> Tile:
     """Return the sizes of small products for one of m by n by k of values of `item` bytes."""
     most, few = _most(), min(m, _ROWS)
     deepest = k if n * k * item <= _KEPT else min(k, max(_LEAST, _PANEL // (n * item)))
-    wide = (n,) if n <= _UNCUT else (c for c in (_UNCUT,) if n % c == 0)
+    wide = [n] if n <= _UNCUT else [_UNCUT] * (n % _UNCUT == 0)
     columns = next((c for c in wide if few * c * deepest <= most), min(n, _COLUMNS))
     parts = -(-k // max(1, min(deepest, most // (few * columns))))
     # Parts of the same length are formed in one step.
