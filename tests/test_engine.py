@@ -229,6 +229,18 @@ def test_rows_as_columns_of_the_filter(order, layout, dtype, unpacked, monkeypat
         assert set(formed) == {order != "by_taps"} | ({False} if order == "by_rows" else set())
 
 
+def test_no_product_of_a_vector_is_left():
+    """Intervals cover everything, all of one length but the last, which is at most one longer and never 1."""
+    for size, each in itertools.product(range(1, 40), range(1, 40)):
+        found = [
+            length for start, stop, many in products.alike(size, each) for length in [(stop - start) // many] * many
+        ]
+        assert sum(found) == size
+        assert set(found[:-1]) <= {each}
+        assert found[-1] <= each + 1
+        assert 1 not in found or 1 in (size, each)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
 @pytest.mark.parametrize("size", [6000, 1_000_000])

@@ -149,7 +149,7 @@ def alike(size: int, each: int) -> Iterator[tuple[int, int, int]]:
     the steps between its values, and BLAS may use several threads. The last interval is one longer instead.
     """
     even = size - size % each
-    if size - even == 1 < each:
+    if size - even == 1 < size:
         even -= each
     for start, stop, many in ((0, even, even // each), (even, size, 1)):
         if start < stop:
