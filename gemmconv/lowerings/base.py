@@ -176,10 +176,16 @@ class AsItLies:
     """For schedules that use the filter as it lies, and form just the products that land."""
 
     __slots__ = ()
-    packed_values = 0
     wants_finite_filter = False
     wants_finite_value = False
-    whole_behind = 3
+
+    @property
+    def packed_values(self) -> int:
+        return 0
+
+    @property
+    def whole_behind(self) -> int:
+        return 3
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Do nothing."""

@@ -114,7 +114,7 @@ class ByTaps(AsItLies):
         return [digit(0, batch), *spatial, digit(4, channels), groups]
 
     @property
-    def packed_values(self) -> int:  # type: ignore[override]
+    def packed_values(self) -> int:
         return math.prod(self.problem.kernel) * self.problem.cout * self.problem.cin if self.turned else 0
 
     def pack(self, filter: Array, packed: Array) -> None:
@@ -122,7 +122,7 @@ class ByTaps(AsItLies):
         turn(filter, packed, self.turned)
 
     @property
-    def whole_behind(self) -> int:  # type: ignore[override]
+    def whole_behind(self) -> int:
         return next((i for i, cut in enumerate(self.cuts[:3]) if cut.longest > 1), 3)
 
     @property
