@@ -14,45 +14,59 @@ arXiv:1509.09308.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from gemmconv.lowerings.base import Array
-from gemmconv.lowerings.phases import slots
+from gemmconv.lowerings.phases import phases
 from gemmconv.problem import Axis
 
 RESULTS = 2
+_MOST_TAPS = 3
 
 
 class Line(NamedTuple):
-    """The taps of one slot along the filtered axis, in the order of the rows they need."""
+    """The taps of one phase (slot) along the filtered axis, in the order of the rows they need."""
 
     slot: int
     taps: tuple[int, ...]
     first: int  # the row that the first tap needs for q = 0
+    apart: int = 1  # from the row of one tap to the row of the next
+    results: int = RESULTS  # that are formed together: one along an axis that is a single point
 
     @property
     def points(self) -> int:
-        return len(self.taps) + 1
+        return len(self.taps) + self.results - 1
+
+    @property
+    def filters(self) -> int:
+        """How many filters the points have: a single tap is the same for all of them."""
+        return self.points if len(self.taps) > 1 else 1
 
 
 def lines_of(axis: Axis) -> tuple[Line, ...] | None:
-    """Return the taps of every slot of an axis, or None where minimal filtering does not fit them or gains nothing."""
-    of_axis = slots(axis, tiled=False)
+    """Return the taps of every phase of an axis, or None where minimal filtering does not fit them or gains nothing.
+
+    Taps of all phases are as far apart.
+    """
     found = []
-    for slot in range(len(of_axis.offsets)):
-        taps = sorted((-move.shift, move.tap) for move in of_axis.within((slot, slot + 1)))
-        rows = [row for row, _ in taps]
-        if len(taps) not in (2, 3) or rows != list(range(rows[0], rows[0] + len(rows))):
-            return None
-        found.append(Line(slot, tuple(tap for _, tap in taps), rows[0]))
-    return tuple(found) or None
+    for i, phase in enumerate(phases(axis)):
+        taps = sorted((-shift, tap) for tap, shift in phase.taps)
+        found.append((i, tuple(tap for _, tap in taps), [row for row, _ in taps]))
+    steps = {b - a for _, _, rows in found for a, b in pairwise(rows)}
+    if len(steps) != 1 or max(len(taps) for _, taps, _ in found) > _MOST_TAPS:
+        return None
+    (apart,) = steps
+    return tuple(Line(i, taps, rows[0], apart) for i, taps, rows in found)
 
 
 def combine_taps(g: Sequence[Array], u: Array) -> None:
-    """Combine taps, in the order of their rows, to a filter for each point."""
+    """Combine taps, in the order of their rows, to a filter for each point; a single tap stays as it is."""
     np.copyto(u[0], g[0], casting="unsafe")
+    if len(g) == 1:
+        return
     np.copyto(u[-1], g[-1], casting="unsafe")
     np.add(u[0], u[-1], out=u[1])
     if len(g) == 3:
@@ -62,16 +76,19 @@ def combine_taps(g: Sequence[Array], u: Array) -> None:
         u[1] += half
 
 
-def combine_rows(x: Array, v: Sequence[Array]) -> None:
-    """Combine rows of the value, along the first axis, to rows for each point."""
-    tiles = len(v[0])
-    a, b, c = (x[i : i + 2 * tiles - 1 : 2] for i in range(3))
+def combine_rows(x: Sequence[Array], v: Sequence[Array]) -> None:
+    """Combine rows of the value, x0, x1, ... of every tile, to rows for each point."""
+    if len(v) == RESULTS:
+        for to, source in zip(v, x, strict=True):
+            np.copyto(to, source)
+        return
+    a, b, c = x[:3]
     if len(v) == 3:
         np.subtract(a, b, out=v[0])
         np.copyto(v[1], b)
         np.subtract(c, b, out=v[2])
         return
-    d = x[3 : 3 + 2 * tiles - 1 : 2]
+    d = x[3]
     np.subtract(a, c, out=v[0])
     np.add(b, c, out=v[1])
     np.subtract(c, b, out=v[2])
@@ -80,6 +97,8 @@ def combine_rows(x: Array, v: Sequence[Array]) -> None:
 
 def combine_sums(z: Sequence[Array]) -> None:
     """Combine the sums of the points to the two results of every tile, in place of the first two."""
+    if len(z) <= RESULTS:
+        return
     z[0] += z[1]
     if len(z) == 3:
         z[1] += z[2]

@@ -124,17 +124,21 @@ def tile_columns(cut: Cut, k: int) -> int:
 
 
 def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
-    """Form the product of a [m, k] and a matrix [tile, k, column] in out [m, tile * column]."""
-    (m, k), columns = a.shape, tiles.shape[2]
+    """Form the product of a [m, k] and a matrix [tile, k, column] in out [m, tile * column].
+
+    Stacks of them, where all have the same axes in front.
+    """
+    (m, k), (count, _, columns) = a.shape[-2:], tiles.shape[-3:]
     if m == 1:  # not as a vector; see `alike`
-        twice = np.empty((2, out.shape[1]), out.dtype)
-        multiply_tiles(np.concatenate([a, a]), tiles, twice)
-        np.copyto(out, twice[:1])
+        twice = np.empty((*out.shape[:-2], 2, out.shape[-1]), out.dtype)
+        multiply_tiles(np.concatenate([a, a], axis=-2), tiles, twice)
+        np.copyto(out, twice[..., :1, :])
         return
     rows = min(m, _most() // (columns * k))
     for start, stop, many in alike(m, -(-m // -(-m // rows))):
-        to = out[start:stop].reshape(many, -1, len(tiles), columns)
-        np.matmul(a[start:stop].reshape(1, many, -1, k), tiles[:, np.newaxis], out=to.transpose(2, 0, 1, 3))
+        to = out[..., start:stop, :].reshape(*out.shape[:-2], many, -1, count, columns)
+        left = a[..., start:stop, :].reshape(*a.shape[:-2], 1, many, -1, k)
+        np.matmul(left, tiles[..., np.newaxis, :, :], out=np.moveaxis(to, -2, -4))
 
 
 def _most() -> int:

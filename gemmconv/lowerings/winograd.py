@@ -289,7 +289,8 @@ class Winograd:
             used = math.prod(sizes.grid)
             of_point[used:] = 0
             v.append(np.moveaxis(of_point[:used].reshape(*sizes.grid, cin), self.along, 0))
-        combine_rows(x, v)
+        tiles = len(v[0])
+        combine_rows([x[i : i + RESULTS * tiles - 1 : RESULTS] for i in range(line.points)], v)
         if clock:
             clock("pack")
         item = workspace.gemm.itemsize
@@ -438,7 +439,7 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
     found: list[Winograd] = []
     for along in (0, 1):
         lines = lines_of(axes[along])
-        if lines is None:
+        if lines is None or any(len(line.taps) == 1 or line.apart > 1 for line in lines):
             continue
         of_axes = [slots(axis, tiled=i != along) for i, axis in enumerate(axes)]
         if len(lines) > 1 and any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True)):

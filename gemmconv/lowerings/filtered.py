@@ -1,0 +1,561 @@
+"""Minimal filtering along one or two axes, with products that BLAS does not pack, added a tap at a time.
+
+A block is a box of the output. Its rows of the value are copied to cells, those of even and odd places along a filtered
+axis apart, and combined to the rows of each point (minimal.py), for one phase of the filtered axes after the other. They
+lie [axes that are not filtered, tiles of those that are, channel]: a tap of the others is a run of rows as they lie, with
+nothing between, and small products of all points are formed in one step (products.py). They are written to the sums, or
+added. The sums of the points are combined to results in place. Results that are not finite are left to another lowering, as in
+winograd.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    Array,
+    Bounds,
+    Cut,
+    Index,
+    NotFiniteError,
+    Operands,
+    Range,
+    Workspace,
+    aligned,
+    canonical,
+    copy,
+    digit,
+    each,
+    five,
+    store,
+)
+from gemmconv.lowerings.cost import (
+    MOST_STEPS_KEPT,
+    SMALLEST_BUFFER,
+    TURNED_VALUE_S,
+    copy_s,
+    most_workspace_bytes,
+    pass_s,
+    unpacked_s,
+)
+from gemmconv.lowerings.minimal import Line, combine_rows, combine_sums, combine_taps, lines_of
+from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
+from gemmconv.lowerings.products import LARGEST, multiply_tiles, tile_columns, unpacked
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# Positions of a block and cuts of the output channels that are weighed; channels are not cut below _WIDE.
+_POSITIONS = (128, 256, 512, 1024, 2048, 4096)
+_PARTS = (1, 2, 4, 8)
+_WIDE = 64
+_L2_SHARE = 0.75
+
+POINT = Axis(1, 1, 1)
+ALONE = (Line(0, (0,), 0, results=1),)
+
+
+class Block(NamedTuple):
+    """A box of the output: batch entry, q of two axes, tiles of two more, output channels."""
+
+    batch: int
+    u: Range
+    v: Range
+    a: Range
+    b: Range
+    channels: Range
+
+
+class Tap(NamedTuple):
+    """A tap of the axes that are not filtered: which, its rows of each of them, and where they land."""
+
+    tap: tuple[int, int]
+    rows: tuple[slice, slice]
+    cells: tuple[slice, slice]
+
+
+class Target(NamedTuple):
+    """A phase of the axes that are not filtered: q of each, its taps, if the first reaches all, its fine positions."""
+
+    sizes: tuple[int, int]
+    taps: list[Tap]
+    whole: bool
+    fine: tuple[slice, slice]
+
+
+# A run of places that are evenly apart: of the cells or results of an axis, the places, and the rows or fine positions.
+Strand = tuple[int, slice, slice]
+
+
+class Program(NamedTuple):
+    """What a block does."""
+
+    shapes: list[tuple[int, ...]]
+    padded: bool  # whether cells reach beyond the value
+    fills: list[tuple[Index, Index]]  # of the cells, of the value
+    region: Index | None  # of the output, where there are gaps
+    targets: list[Target]
+    stores: tuple[list[list[Strand]], list[list[Strand]]]  # of each line of both filtered axes
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A schedule; see the module. One of four axes is a single point: the first, or with one filtered axis the last."""
+
+    problem: Problem
+    along: tuple[int, ...]  # the filtered axes
+    axes: tuple[Axis, Axis, Axis, Axis]
+    lines: tuple[tuple[Line, ...], tuple[Line, ...]]
+    phases: tuple[tuple[Phase, ...], tuple[Phase, ...]]
+    cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of q, of tiles and of the channels
+    columns: int  # of the filter's tiles
+    gaps: bool
+    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
+
+    wants_finite_filter = True
+    wants_finite_value = False
+    whole_behind = 3
+    largest_product = LARGEST
+
+    @property
+    def count(self) -> int:
+        return self.problem.batch * math.prod(map(len, self.cuts))
+
+    @property
+    def order(self) -> list[int]:
+        """The axes of the problem in the order in which they lie."""
+        return [*(i for i in range(3) if i not in self.along), *self.along]
+
+    @property
+    def units(self) -> tuple[int, int, int, int]:
+        """By how many q blocks are cut."""
+        return 1, 1, _unit(self.lines[0][0]), _unit(self.lines[1][0])
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        found = [digit(0, each(self.problem.batch))]
+        real = self._real(range(4))
+        for i, j in zip(self.order, real, strict=True):
+            axis, unit = self.axes[j], self.units[j]
+            of_axis = slots(axis, tiled=False)
+            found.append(digit(i + 1, (of_axis.span(axis, (unit * p, unit * q)) for p, q in self.cuts[j])))
+        return [*found, digit(4, self.cuts[4])]
+
+    def _real(self, four: Sequence[Any]) -> list[Any]:
+        """Leave out what belongs to the axis that is a point."""
+        return list(four[:3] if len(self.along) == 1 else four[1:])
+
+    def _four(self, array: Array) -> Array:
+        """View an array [d, h, w, channel] with its axes as they lie here."""
+        found = array.transpose(*self.order, 3)
+        return found[:, :, :, np.newaxis] if len(self.along) == 1 else found[np.newaxis]
+
+    def block(self, index: int) -> Block:
+        """Return a block; those of the same rows follow each other."""
+        index, channels = divmod(index, len(self.cuts[4]))
+        spans: list[Range] = []
+        for cut in self.cuts[3::-1]:
+            index, at = divmod(index, len(cut))
+            spans.insert(0, cut[at])
+        u, v, a, b = spans
+        return Block(index, u, v, a, b, self.cuts[4][channels])
+
+    @property
+    def packed_values(self) -> int:
+        filters = math.prod(sum(line.filters for line in lines) for lines in self.lines)
+        return filters * self._taps * self.problem.cout * self.problem.cin
+
+    @property
+    def _taps(self) -> int:
+        """Taps of the axes that are not filtered."""
+        return self.axes[0].kernel * self.axes[1].kernel
+
+    @property
+    def workspace_bytes(self) -> int:
+        item = self.problem.compute_dtype.itemsize
+        shapes = self._shapes([cut.longest for cut in self.cuts], [_most(lines) for lines in self.lines])
+        return sum(aligned(math.prod(shape) * item) for shape in shapes)
+
+    def _shapes(self, sizes: Sequence[float], points: Sequence[int]) -> Any:
+        """Return the shapes of cells, of rows combined along one axis and both, of sums and of what is added to them.
+
+        `sizes` says how many q, tiles and channels a block has, `points` how many a line.
+        """
+        u, v, a, b, channels = sizes
+        cin, reach = self.problem.cin, [_reach(of_axis) for of_axis in self.phases]
+        rows = min(self.axes[0].coarse, u + reach[0]), min(self.axes[1].coarse, v + reach[1])
+        (n_a, l_a), (n_b, l_b) = (_lengths(lines, n) for lines, n in zip(self.lines, (a, b), strict=True))
+        (r_a, r_b), (p_a, p_b) = (lines[0].results for lines in self.lines), points
+        sums = (p_a, p_b, u, v, n_a, n_b, channels)
+        return [
+            (r_a, r_b, *rows, l_a, l_b, cin),
+            (p_a, r_b, *rows, n_a, l_b, cin) if r_a > 1 else (0,),
+            (p_a, p_b, *rows, n_a, n_b, cin) if r_b > 1 else (0,),
+            sums,
+            sums,
+        ]
+
+    @property
+    def reason(self) -> str:
+        names = " and ".join(("depth", "height", "width")[i] for i in self.along)
+        kinds = sorted({len(line.taps) for lines in self.lines for line in lines})
+        how = " and ".join(f"F(2,{n})" for n in kinds if n > 1)
+        rows = math.prod(cut.longest * unit for cut, unit in zip(self.cuts[:4], self.units, strict=True))
+        cut = len(self.cuts[4]) > 1
+        channels = f", {self.cuts[4].longest} of {self.problem.cout} output channels" if cut else ""
+        return f"{how} along {names}, small products of up to {rows} rows together{channels}, filter packed"
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
+        problem = self.problem
+        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
+        strided = problem.layout == "NCDHW"
+        sizes = [cut.size / len(cut) for cut in self.cuts]
+        taps = [[len(phase.taps) for phase in of_axis] for of_axis in self.phases]
+        strands = math.prod(lines[0].results * lines[0].apart for lines in self.lines)
+        cells = math.prod(self._shapes(sizes, (1, 1))[0])
+        total = copy_s(cells, problem.cin, steps=strands, spilled=True, strided=strided)
+        l_b, n_b = (n * problem.cin for n in _lengths(self.lines[1], sizes[3])[::-1])
+        for first in self.lines[0]:
+            if first.results > 1:
+                each = math.prod(self._shapes(sizes, (1, 1))[1])
+                total += first.points * pass_s(2 * each, l_b, spilled=spilled)
+            for second in self.lines[1]:
+                _, _, rows, sums, _ = (math.prod(s) for s in self._shapes(sizes, (first.points, second.points)))
+                if second.results > 1:
+                    total += second.points * pass_s(2 * rows / second.points, n_b, spilled=spilled)
+                results = sums / (first.points * second.points) * first.results * second.results
+                for n in (p * q for p, q in product(*taps)):
+                    total += n * unpacked_s(sums / sizes[4], sizes[4], problem.cin)
+                    total += (n - 1) * pass_s(sums, sums, spilled=spilled)
+                    for line in (first, second):
+                        passes = 2 * (line.points - line.results)
+                        total += passes * pass_s(sums / line.points, sums, spilled=spilled)
+                    total += copy_s(results, sizes[4], steps=strands, spilled=True, strided=strided)
+                    total += pass_s(results, results)
+        boxes = problem.batch * math.prod(map(len, self.cuts))
+        filter = math.prod(problem.kernel) * problem.cout * problem.cin
+        return boxes * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Turn taps to tiles, combine them along both axes, and lay them out: lines, points, taps, [tile, cin, ...]."""
+        problem, order = self.problem, self.order
+        kernel = [axis.kernel for axis in self.axes]
+        canonical_kernel = [0, 0, 0]
+        for i, n in zip(order, self._real(kernel), strict=True):
+            canonical_kernel[i] = n
+        taps = filter.reshape(*canonical_kernel, problem.cout, problem.cin).transpose(*order, 3, 4)
+        tiles = problem.cout // self.columns
+        taps = taps.reshape(*kernel, tiles, self.columns, problem.cin).swapaxes(-1, -2)
+        tile = tiles, problem.cin, self.columns
+        turned = np.empty((*kernel[2:], *tile), packed.dtype)
+        parts = self._packed(packed)
+        for i, j in product(*map(range, kernel[:2])):
+            np.copyto(turned, taps[i, j], casting="unsafe")
+            at = 0
+            for first in self.lines[0]:
+                along_a = np.empty((first.filters, kernel[3], *tile), packed.dtype)
+                combine_taps([turned[tap] for tap in first.taps], along_a)
+                for second in self.lines[1]:
+                    combine_taps([along_a[:, tap] for tap in second.taps], parts[at][:, :, i, j].swapaxes(0, 1))
+                    at += 1
+
+    def _packed(self, packed: Array) -> list[Array]:
+        """Return the packed filter of each combination of lines: [point, point, tap, tap, tile, cin, column]."""
+        found, at = [], 0
+        tile = self.problem.cout // self.columns, self.problem.cin, self.columns
+        for first, second in product(*self.lines):
+            shape = (first.filters, second.filters, self.axes[0].kernel, self.axes[1].kernel, *tile)
+            size = math.prod(shape)
+            found.append(packed[at : at + size].reshape(shape))
+            at += size
+        return found
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        np.setbufsize(SMALLEST_BUFFER)
+        workspace.reset()
+        problem, axes, clock = self.problem, canonical(self.problem.axes), workspace.clock
+        block, program = self.block(index), self._program(index)
+        value = five(problem.layout, operands.value, problem.batch, [axis.coarse for axis in axes], problem.cin)
+        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
+        value, output = (self._four(x[block.batch]) for x in (value, output))
+        output = output[..., slice(*block.channels)]
+        start = operands.start(block.channels)
+        if program.region is not None:
+            output[program.region] = start
+        filters = self._packed(operands.packed)
+        tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
+        cells, *arrays = (workspace.take(*shape) for shape in program.shapes)
+        along_a, along_b, sums, found = (array.reshape(-1) for array in arrays)
+        if program.padded:
+            cells[...] = 0
+        for to, source in program.fills:
+            copy(cells[to], value[source])
+        n_a, n_b = program.shapes[3][4:6]
+        for i, first in enumerate(self.lines[0]):
+            rows_a = _combined(cells, self.lines[0], first, 0, n_a, along_a)
+            for j, second in enumerate(self.lines[1]):
+                rows = _combined(rows_a, self.lines[1], second, 1, n_b, along_b)
+                if clock:
+                    clock("pack")
+                filter = filters[i * len(self.lines[1]) + j][..., tiles, :, :]
+                for target in program.targets:
+                    shape = (first.points, second.points, *target.sizes, *program.shapes[3][4:])
+                    of_target = sums[: math.prod(shape)].reshape(shape)
+                    _multiply(rows, filter, target, of_target, found)
+                    if clock:
+                        clock("gemm")
+                    results = _results(of_target, first, second, start)
+                    if not np.isfinite(np.add.reduce(results, axis=None)):
+                        raise NotFiniteError
+                    if clock:
+                        clock("col2im")
+                    for of_a, of_b in product(program.stores[0][i], program.stores[1][j]):
+                        (which_a, from_a, to_a), (which_b, from_b, to_b) = of_a, of_b
+                        store(output[*target.fine, to_a, to_b], results[which_a, which_b, :, :, from_a, from_b])
+                    if clock:
+                        clock("store")
+
+    def _program(self, index: int) -> Program:
+        """Return what a block does: made once for schedules of few steps, where making it would take long."""
+        program = self.programs.get(index)
+        if program is None:
+            program = self._made(self.block(index))
+            if sum(len(target.taps) for target in program.targets) * self.count <= MOST_STEPS_KEPT:
+                self.programs[index] = program
+        return program
+
+    def _made(self, block: Block) -> Program:
+        spans = block[1:5]
+        sizes = [stop - start for start, stop in (*spans, block.channels)]
+        shapes = [list(shape) for shape in self._shapes(sizes, [_most(lines) for lines in self.lines])]
+        rows = [_rows_of(axis, of_axis, q) for axis, of_axis, q in zip(self.axes, self.phases, spans, strict=False)]
+        for shape in shapes[:3]:
+            if len(shape) > 1:
+                shape[2:4] = [stop - start for start, stop in rows]
+        cells = shapes[0]
+        both = list(zip(self.axes[2:], self.lines, spans[2:], strict=True))
+        along = [list(_fills(*of, length)) for of, length in zip(both, cells[4:6], strict=True)]
+        box = slice(*rows[0]), slice(*rows[1])
+        fills = [
+            ((which_a, which_b, slice(None), slice(None), to_a, to_b), (*box, from_a, from_b))
+            for (which_a, to_a, from_a), (which_b, to_b, from_b) in product(*along)
+        ]
+        filled = (math.prod(cells[2:4]) * _length(to_a) * _length(to_b) for (*_, to_a, to_b), _ in fills)
+        padded = sum(filled) < math.prod(cells[:6])
+        region = None
+        if self.gaps:
+            region = tuple(
+                slice(*slots(axis, tiled=False).span(axis, (q[0] * unit, q[1] * unit)))
+                for axis, q, unit in zip(self.axes, spans, self.units, strict=True)
+            )
+        found = [self._target(block, of_u, of_v, rows) for of_u, of_v in product(*self.phases)]
+        targets = [target for target in found if target is not None]
+        of_a, of_b = ([list(_stores(axis, line, tiles)) for line in lines] for axis, lines, tiles in both)
+        return Program([tuple(shape) for shape in shapes], padded, fills, region, targets, (of_a, of_b))
+
+    def _target(self, block: Block, of_u: Phase, of_v: Phase, rows: Sequence[Range]) -> Target | None:
+        """Return what is done for a phase of the axes that are not filtered, or None if it has no q in the block."""
+        spans = block[1:3]
+        q = [(start, min(stop, phase.count)) for (start, stop), phase in zip(spans, (of_u, of_v), strict=True)]
+        if any(start >= stop for start, stop in q):
+            return None
+        sizes = q[0][1] - q[0][0], q[1][1] - q[1][0]
+        taps, whole = [], False
+        for (tap_u, shift_u), (tap_v, shift_v) in product(of_u.taps, of_v.taps):
+            lands = [
+                landing(axis, phase, shift, span)
+                for axis, phase, shift, span in zip(self.axes, (of_u, of_v), (shift_u, shift_v), q, strict=False)
+            ]
+            if any(start >= stop for start, stop in lands):
+                continue
+            taken = tuple(slice(p - at, r - at) for (p, r), (at, _) in zip(lands, rows, strict=True))
+            shifts = shift_u, shift_v
+            cells = tuple(
+                slice(p + s - span[0], r + s - span[0]) for (p, r), s, span in zip(lands, shifts, q, strict=True)
+            )
+            tap = Tap((tap_u, tap_v), taken, cells)  # type: ignore[arg-type]
+            if not whole and all(r - p == size for (p, r), size in zip(lands, sizes, strict=True)):
+                whole = True
+                taps.insert(0, tap)
+            else:
+                taps.append(tap)
+        fine_u, fine_v = (
+            slice(start * axis.stride + phase.offset, (stop - 1) * axis.stride + phase.offset + 1, axis.stride)
+            for axis, phase, (start, stop) in zip(self.axes, (of_u, of_v), q, strict=False)
+        )
+        return Target(sizes, taps, whole, (fine_u, fine_v))
+
+
+def _combined(rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int, memory: Array) -> Array:
+    """Combine rows along one of the filtered axes to those of a line's points; rows of a single point are as they are.
+
+    They are [which, which, u, v, place, place, channel], and what is found [point, ...] along that axis.
+    """
+    if line.results == 1:
+        return rows
+    shape = [*rows.shape]
+    shape[axis], shape[4 + axis] = line.points, n
+    found = memory[: math.prod(shape)].reshape(shape)
+    # [which, place, ...]
+    source, to = (np.moveaxis(x, (axis, 4 + axis), (0, 1)) for x in (rows, found))
+    takes = (divmod(_behind(lines, line) + i, line.results) for i in range(line.points))
+    combine_rows([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])
+    return found
+
+
+def _multiply(rows: Array, filter: Array, target: Target, sums: Array, found: Array) -> None:
+    """Form the sums of all points of a target."""
+    if not target.whole:
+        sums[...] = 0
+    points, cin, channels = sums.shape[:2], rows.shape[-1], sums.shape[-1]
+    for number, (tap, (u, v), cells) in enumerate(target.taps):
+        taken = rows[:, :, u, v]
+        # Where no line is cut the rows of all follow each other.
+        lines = 1 if taken.shape[3] == rows.shape[3] else taken.shape[2]
+        left = taken.reshape(*points, lines, -1, cin)
+        right = filter[:, :, *tap, np.newaxis]
+        if number == 0 and target.whole:
+            multiply_tiles(left, right, sums.reshape(*points, lines, -1, channels))
+            continue
+        shape = (*left.shape[:-1], channels)
+        to, added = sums[:, :, *cells], found[: math.prod(shape)].reshape(shape)
+        multiply_tiles(left, right, added)
+        np.add(to, added.reshape(to.shape), out=to)
+
+
+def _results(sums: Array, first: Line, second: Line, start: Array | int) -> Array:
+    """Combine the sums of the points to results, and add what they begin with: [result, result, u, v, ...].
+
+    Zero is added for its sign: products that underflow give -0.0.
+    """
+    combine_sums([*sums.swapaxes(0, 1)])
+    sums = sums[:, : second.results]
+    begins = sums[1] if len(first.taps) > 1 else sums  # both results hold the sums of point 1
+    np.add(begins, start, out=begins)
+    combine_sums([*sums])
+    return sums[: first.results]
+
+
+def _most(lines: Sequence[Line]) -> int:
+    return max(line.points for line in lines)
+
+
+def _unit(line: Line) -> int:
+    """Return how many q a tile has."""
+    return line.results * line.apart
+
+
+def _behind(lines: Sequence[Line], line: Line) -> int:
+    """Return how many places the first row of a line is behind that of all, along the axis and `apart`."""
+    return (line.first - min(other.first for other in lines)) // line.apart
+
+
+def _lengths(lines: Sequence[Line], tiles: float) -> tuple[Any, Any]:
+    """Return the places along a filtered axis of the rows of a point, and of cells."""
+    extra = max((_behind(lines, line) + line.points - 1) // line.results for line in lines)
+    return tiles * lines[0].apart, (tiles + extra) * lines[0].apart
+
+
+def _reach(of_axis: Sequence[Phase]) -> int:
+    """Return how many more rows than q all phases of an axis need."""
+    shifts = [shift for phase in of_axis for _, shift in phase.taps]
+    return max(shifts) - min(shifts)
+
+
+def _rows_of(axis: Axis, of_axis: Sequence[Phase], q: Range) -> Range:
+    """Return the rows that an interval of q needs."""
+    shifts = [shift for phase in of_axis for _, shift in phase.taps]
+    start = max(0, q[0] - max(shifts))
+    return start, max(start, min(axis.coarse, q[1] - min(shifts)))
+
+
+def _length(of: slice) -> int:
+    return len(range(of.start, of.stop, of.step))
+
+
+def _strands(line: Line, first: int, limit: int, tiles: int) -> Iterator[tuple[int, slice, range]]:
+    """Yield which result or cells, the places and the positions of those of a line from `first` on that are in a limit.
+
+    Positions are [0, limit).
+    """
+    step = _unit(line)
+    for which, place in product(range(line.results), range(line.apart)):
+        at = first + which * line.apart + place
+        start, stop = max(0, -(at // step)), min(tiles, -((at - limit) // step))
+        if start < stop:
+            places = slice(start * line.apart + place, (stop - 1) * line.apart + place + 1, line.apart)
+            yield which, places, range(at + start * step, at + stop * step, step)
+
+
+def _fills(axis: Axis, lines: Sequence[Line], tiles: Range, length: int) -> Iterator[Strand]:
+    """Yield which cells are filled, at which places, from which rows of the value."""
+    first = min(line.first for line in lines) + _unit(lines[0]) * tiles[0]
+    for which, places, rows in _strands(lines[0], first, axis.coarse, length // lines[0].apart):
+        yield which, places, slice(rows[0], rows[-1] + 1, rows.step)
+
+
+def _stores(axis: Axis, line: Line, tiles: Range) -> Iterator[Strand]:
+    """Yield which result is stored, of which places, at which fine positions."""
+    phase = phases(axis)[line.slot]
+    for which, places, q in _strands(line, _unit(line) * tiles[0], phase.count, tiles[1] - tiles[0]):
+        fine = (i * axis.stride + phase.offset for i in (q[0], q[-1]))
+        yield which, places, slice(next(fine), next(fine) + 1, q.step * axis.stride)
+
+
+def candidates(problem: Problem, machine: Machine) -> list[Filtered]:
+    """Return schedules for every choice of one or two filtered axes; none where BLAS packs small products too."""
+    if not unpacked(problem):
+        return []
+    axes = canonical(problem.axes)
+    lines = [_shared(lines_of(axis)) for axis in axes]
+    gaps = any(unreached(axis, slots(axis, tiled=False)) for axis in axes)
+    found = []
+    for along in (*combinations(range(3), 1), *combinations(range(3), 2)):
+        chosen = [lines[i] for i in along]
+        if any(of_axis is None for of_axis in chosen):
+            continue
+        of_a, of_b = (chosen[0] or ALONE), (chosen[1] or ALONE) if len(along) > 1 else ALONE
+        others = [axes[i] for i in range(3) if i not in along]
+        filtered = [axes[i] for i in along]
+        four = (*others, *filtered, POINT) if len(along) == 1 else (POINT, *others, *filtered)
+        for positions, parts in product(_POSITIONS, _PARTS):
+            channels = Cut(problem.cout, -(-problem.cout // parts))
+            columns = tile_columns(channels, problem.cin)
+            if not columns or (parts > 1 and problem.cout < parts * _WIDE):
+                continue
+            for cuts in _cuts(four, (_unit(of_a[0]), _unit(of_b[0])), positions):
+                made = Filtered(
+                    problem, along, four, (of_a, of_b), (phases(four[0]), phases(four[1])), (*cuts, channels), columns,
+                    gaps,
+                )  # fmt: skip
+                if made.workspace_bytes <= most_workspace_bytes(machine):
+                    found.append(made)
+    return found
+
+
+def _shared(lines: tuple[Line, ...] | None) -> tuple[Line, ...] | None:
+    """Return the lines of an axis if all can take their rows of the same cells."""
+    fits = lines is not None and all((line.first - lines[0].first) % line.apart == 0 for line in lines)
+    return lines if fits else None
+
+
+def _cuts(axes: Sequence[Axis], units: tuple[int, int], positions: int) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:
+    """Yield cuts of a box to about so many positions: in tiles first, or in the axes that are not filtered."""
+    steps = (1, 1, *units)
+    counts = [-(-(-(-axis.fine // axis.stride)) // step) for axis, step in zip(axes, steps, strict=True)]
+    seen = set()
+    for order in ((0, 1, 3, 2), (3, 2, 1, 0)):
+        left, chunks = positions, [1] * 4
+        for i in order:
+            chunks[i] = min(counts[i], max(1, left // steps[i]))
+            left //= chunks[i] * steps[i]
+        cuts = tuple(Cut(count, chunk) for count, chunk in zip(counts, chunks, strict=True))
+        if cuts not in seen:
+            seen.add(cuts)
+            yield cuts  # type: ignore[misc]
