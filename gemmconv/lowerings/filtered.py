@@ -1,11 +1,11 @@
 """Minimal filtering along one or two axes, with products that BLAS does not pack, added a tap at a time.
 
 A block is a box of the output. Its rows of the value are copied to cells, those of even and odd places along a filtered
-axis apart, and combined to the rows of each point (minimal.py), for one phase of the filtered axes after the other. They
-lie [axes that are not filtered, tiles of those that are, channel]: a tap of the others is a run of rows as they lie, with
-nothing between, and small products of all points are formed in one step (products.py). They are written to the sums, or
-added. The sums of the points are combined to results in place. Results that are not finite are left to another lowering, as in
-winograd.py.
+axis apart, and combined to the rows of each point (minimal.py), for one phase of the filtered axes after the other.
+They lie [axes that are not filtered, tiles of those that are, channel]: a tap of the others is a run of rows as they
+lie, with nothing between, and small products of all points are formed in one step (products.py). They are written to
+the sums, or added. The sums of the points are combined to results in place. Results that are not finite are left to
+another lowering, as in winograd.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from gemmconv.lowerings.base import (
     canonical,
     copy,
     digit,
-    each,
     five,
     store,
 )
@@ -40,7 +39,6 @@ from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,
     TURNED_VALUE_S,
     copy_s,
-    most_workspace_bytes,
     pass_s,
     unpacked_s,
 )
@@ -50,20 +48,23 @@ from gemmconv.lowerings.products import LARGEST, multiply_tiles, tile_columns, u
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
-# Positions of a block and cuts of the output channels that are weighed; channels are not cut below _WIDE.
+# Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
+# _WIDE.
 _POSITIONS = (128, 256, 512, 1024, 2048, 4096)
 _PARTS = (1, 2, 4, 8)
+_PIECES = (1, 2, 4)
 _WIDE = 64
 _L2_SHARE = 0.75
+# The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
+_MOST_WORKSPACE = 8
 
-POINT = Axis(1, 1, 1)
+# An axis along which nothing is combined: that of batch entries.
 ALONE = (Line(0, (0,), 0, results=1),)
 
 
 class Block(NamedTuple):
-    """A box of the output: batch entry, q of two axes, tiles of two more, output channels."""
+    """A box of the output: q of two axes, tiles of two more, output channels."""
 
-    batch: int
     u: Range
     v: Range
     a: Range
@@ -105,7 +106,11 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A schedule; see the module. One of four axes is a single point: the first, or with one filtered axis the last."""
+    """A schedule; see the module.
+
+    The last two of four axes are filtered. Batch entries are one of them: the second, or the last if a single one is
+    filtered.
+    """
 
     problem: Problem
     along: tuple[int, ...]  # the filtered axes
@@ -124,12 +129,12 @@ class Filtered:
 
     @property
     def count(self) -> int:
-        return self.problem.batch * math.prod(map(len, self.cuts))
+        return math.prod(map(len, self.cuts))
 
     @property
-    def order(self) -> list[int]:
-        """The axes of the problem in the order in which they lie."""
-        return [*(i for i in range(3) if i not in self.along), *self.along]
+    def order(self) -> tuple[int, ...]:
+        """The axes in the order in which they lie: 0 for batch entries, 1 to 3 for depth, height and width."""
+        return _order(self.along)
 
     @property
     def units(self) -> tuple[int, int, int, int]:
@@ -138,32 +143,19 @@ class Filtered:
 
     @property
     def digits(self) -> list[list[Bounds]]:
-        found = [digit(0, each(self.problem.batch))]
-        real = self._real(range(4))
-        for i, j in zip(self.order, real, strict=True):
-            axis, unit = self.axes[j], self.units[j]
+        found = []
+        for of, axis, cut, unit in zip(self.order, self.axes, self.cuts, self.units, strict=False):
             of_axis = slots(axis, tiled=False)
-            found.append(digit(i + 1, (of_axis.span(axis, (unit * p, unit * q)) for p, q in self.cuts[j])))
+            found.append(digit(of, (of_axis.span(axis, (unit * p, unit * q)) for p, q in cut)))
         return [*found, digit(4, self.cuts[4])]
-
-    def _real(self, four: Sequence[Any]) -> list[Any]:
-        """Leave out what belongs to the axis that is a point."""
-        return list(four[:3] if len(self.along) == 1 else four[1:])
-
-    def _four(self, array: Array) -> Array:
-        """View an array [d, h, w, channel] with its axes as they lie here."""
-        found = array.transpose(*self.order, 3)
-        return found[:, :, :, np.newaxis] if len(self.along) == 1 else found[np.newaxis]
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
-        index, channels = divmod(index, len(self.cuts[4]))
-        spans: list[Range] = []
-        for cut in self.cuts[3::-1]:
+        spans = []
+        for cut in reversed(self.cuts):
             index, at = divmod(index, len(cut))
-            spans.insert(0, cut[at])
-        u, v, a, b = spans
-        return Block(index, u, v, a, b, self.cuts[4][channels])
+            spans.append(cut[at])
+        return Block(*reversed(spans))
 
     @property
     def packed_values(self) -> int:
@@ -202,7 +194,7 @@ class Filtered:
 
     @property
     def reason(self) -> str:
-        names = " and ".join(("depth", "height", "width")[i] for i in self.along)
+        names = " and ".join(("depth", "height", "width")[i - 1] for i in self.along)
         kinds = sorted({len(line.taps) for lines in self.lines for line in lines})
         how = " and ".join(f"F(2,{n})" for n in kinds if n > 1)
         rows = math.prod(cut.longest * unit for cut, unit in zip(self.cuts[:4], self.units, strict=True))
@@ -217,6 +209,9 @@ class Filtered:
         strided = problem.layout == "NCDHW"
         sizes = [cut.size / len(cut) for cut in self.cuts]
         taps = [[len(phase.taps) for phase in of_axis] for of_axis in self.phases]
+        landing_share = math.prod(
+            min(size, axis.coarse) / size for size, axis in zip(sizes[:2], self.axes, strict=False)
+        )
         strands = math.prod(lines[0].results * lines[0].apart for lines in self.lines)
         cells = math.prod(self._shapes(sizes, (1, 1))[0])
         total = copy_s(cells, problem.cin, steps=strands, spilled=True, strided=strided)
@@ -224,34 +219,29 @@ class Filtered:
         for first in self.lines[0]:
             if first.results > 1:
                 each = math.prod(self._shapes(sizes, (1, 1))[1])
-                total += first.points * pass_s(2 * each, l_b, spilled=spilled)
+                total += first.points * pass_s(each, l_b, spilled=spilled)
             for second in self.lines[1]:
                 _, _, rows, sums, _ = (math.prod(s) for s in self._shapes(sizes, (first.points, second.points)))
                 if second.results > 1:
-                    total += second.points * pass_s(2 * rows / second.points, n_b, spilled=spilled)
+                    total += second.points * pass_s(rows / second.points, n_b, spilled=spilled)
                 results = sums / (first.points * second.points) * first.results * second.results
                 for n in (p * q for p, q in product(*taps)):
-                    total += n * unpacked_s(sums / sizes[4], sizes[4], problem.cin)
-                    total += (n - 1) * pass_s(sums, sums, spilled=spilled)
+                    total += n * unpacked_s(landing_share * sums / sizes[4], sizes[4], problem.cin)
+                    total += (n - 1) * pass_s(landing_share * sums, sums, spilled=spilled)
                     for line in (first, second):
                         passes = 2 * (line.points - line.results)
                         total += passes * pass_s(sums / line.points, sums, spilled=spilled)
                     total += copy_s(results, sizes[4], steps=strands, spilled=True, strided=strided)
                     total += pass_s(results, results)
-        boxes = problem.batch * math.prod(map(len, self.cuts))
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
-        return boxes * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
+        return self.count * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Turn taps to tiles, combine them along both axes, and lay them out: lines, points, taps, [tile, cin, ...]."""
-        problem, order = self.problem, self.order
-        kernel = [axis.kernel for axis in self.axes]
-        canonical_kernel = [0, 0, 0]
-        for i, n in zip(order, self._real(kernel), strict=True):
-            canonical_kernel[i] = n
-        taps = filter.reshape(*canonical_kernel, problem.cout, problem.cin).transpose(*order, 3, 4)
+        problem, kernel = self.problem, [axis.kernel for axis in self.axes]
         tiles = problem.cout // self.columns
-        taps = taps.reshape(*kernel, tiles, self.columns, problem.cin).swapaxes(-1, -2)
+        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), tiles, self.columns, problem.cin)
+        taps = taps.transpose(*self.order, 4, 6, 5)
         tile = tiles, problem.cin, self.columns
         turned = np.empty((*kernel[2:], *tile), packed.dtype)
         parts = self._packed(packed)
@@ -283,7 +273,7 @@ class Filtered:
         block, program = self.block(index), self._program(index)
         value = five(problem.layout, operands.value, problem.batch, [axis.coarse for axis in axes], problem.cin)
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
-        value, output = (self._four(x[block.batch]) for x in (value, output))
+        value, output = (array.transpose(*self.order, 4) for array in (value, output))
         output = output[..., slice(*block.channels)]
         start = operands.start(block.channels)
         if program.region is not None:
@@ -331,7 +321,7 @@ class Filtered:
         return program
 
     def _made(self, block: Block) -> Program:
-        spans = block[1:5]
+        spans = block[:4]
         sizes = [stop - start for start, stop in (*spans, block.channels)]
         shapes = [list(shape) for shape in self._shapes(sizes, [_most(lines) for lines in self.lines])]
         rows = [_rows_of(axis, of_axis, q) for axis, of_axis, q in zip(self.axes, self.phases, spans, strict=False)]
@@ -361,12 +351,13 @@ class Filtered:
 
     def _target(self, block: Block, of_u: Phase, of_v: Phase, rows: Sequence[Range]) -> Target | None:
         """Return what is done for a phase of the axes that are not filtered, or None if it has no q in the block."""
-        spans = block[1:3]
+        spans = block[:2]
         q = [(start, min(stop, phase.count)) for (start, stop), phase in zip(spans, (of_u, of_v), strict=True)]
         if any(start >= stop for start, stop in q):
             return None
         sizes = q[0][1] - q[0][0], q[1][1] - q[1][0]
-        taps, whole = [], False
+        taps: list[Tap] = []
+        whole = False
         for (tap_u, shift_u), (tap_v, shift_v) in product(of_u.taps, of_v.taps):
             lands = [
                 landing(axis, phase, shift, span)
@@ -510,33 +501,34 @@ def _stores(axis: Axis, line: Line, tiles: Range) -> Iterator[Strand]:
 
 def candidates(problem: Problem, machine: Machine) -> list[Filtered]:
     """Return schedules for every choice of one or two filtered axes; none where BLAS packs small products too."""
-    if not unpacked(problem):
+    axes = Axis(problem.batch, problem.batch, 1), *canonical(problem.axes)
+    of_axes = [phases(axis) for axis in axes]
+    if not unpacked(problem) or not all(of_axes):
         return []
-    axes = canonical(problem.axes)
-    lines = [_shared(lines_of(axis)) for axis in axes]
+    lines = [ALONE, *(_shared(lines_of(axis)) for axis in axes[1:])]
     gaps = any(unreached(axis, slots(axis, tiled=False)) for axis in axes)
+    parts = [Cut(problem.cout, -(-problem.cout // n)) for n in _PARTS if n == 1 or problem.cout >= n * _WIDE]
+    channels = [(cut, columns) for cut in parts if (columns := tile_columns(cut, problem.cin))]
     found = []
-    for along in (*combinations(range(3), 1), *combinations(range(3), 2)):
-        chosen = [lines[i] for i in along]
-        if any(of_axis is None for of_axis in chosen):
+    for along in (*combinations((1, 2, 3), 1), *combinations((1, 2, 3), 2)):
+        u, v, a, b = _order(along)
+        of_a, of_b = lines[a], lines[b]
+        if of_a is None or of_b is None:
             continue
-        of_a, of_b = (chosen[0] or ALONE), (chosen[1] or ALONE) if len(along) > 1 else ALONE
-        others = [axes[i] for i in range(3) if i not in along]
-        filtered = [axes[i] for i in along]
-        four = (*others, *filtered, POINT) if len(along) == 1 else (POINT, *others, *filtered)
-        for positions, parts in product(_POSITIONS, _PARTS):
-            channels = Cut(problem.cout, -(-problem.cout // parts))
-            columns = tile_columns(channels, problem.cin)
-            if not columns or (parts > 1 and problem.cout < parts * _WIDE):
-                continue
-            for cuts in _cuts(four, (_unit(of_a[0]), _unit(of_b[0])), positions):
-                made = Filtered(
-                    problem, along, four, (of_a, of_b), (phases(four[0]), phases(four[1])), (*cuts, channels), columns,
-                    gaps,
-                )  # fmt: skip
-                if made.workspace_bytes <= most_workspace_bytes(machine):
-                    found.append(made)
+        four = axes[u], axes[v], axes[a], axes[b]
+        for cuts, (cut, columns) in product(_cuts(four, (_unit(of_a[0]), _unit(of_b[0]))), channels):
+            made = Filtered(
+                problem, along, four, (of_a, of_b), (of_axes[u], of_axes[v]), (*cuts, cut), columns, gaps
+            )  # fmt: skip
+            if made.workspace_bytes <= _MOST_WORKSPACE * machine.l2_bytes:
+                found.append(made)
     return found
+
+
+def _order(along: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the order of axes: those that are not filtered before those that are, batch entries second or last."""
+    others = tuple(i for i in (1, 2, 3) if i not in along)
+    return (*others, *along, 0) if len(along) == 1 else (*others, 0, *along)
 
 
 def _shared(lines: tuple[Line, ...] | None) -> tuple[Line, ...] | None:
@@ -545,15 +537,17 @@ def _shared(lines: tuple[Line, ...] | None) -> tuple[Line, ...] | None:
     return lines if fits else None
 
 
-def _cuts(axes: Sequence[Axis], units: tuple[int, int], positions: int) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:
-    """Yield cuts of a box to about so many positions: in tiles first, or in the axes that are not filtered."""
+def _cuts(axes: Sequence[Axis], units: tuple[int, int]) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:
+    """Yield cuts of boxes of many sizes, along tiles first or along the axes that are not filtered."""
     steps = (1, 1, *units)
-    counts = [-(-(-(-axis.fine // axis.stride)) // step) for axis, step in zip(axes, steps, strict=True)]
+    q = [-(-axis.fine // axis.stride) for axis in axes]
+    counts = [-(-size // step) for size, step in zip(q, steps, strict=True)]
     seen = set()
-    for order in ((0, 1, 3, 2), (3, 2, 1, 0)):
+    for along, pieces, positions in product(((0, 1, 3, 2), (3, 2, 1, 0)), _PIECES, _POSITIONS):
         left, chunks = positions, [1] * 4
-        for i in order:
-            chunks[i] = min(counts[i], max(1, left // steps[i]))
+        for i in along:
+            most = -(-counts[i] // pieces) if i == 3 else counts[i]
+            chunks[i] = min(most, max(1, left // steps[i]))
             left //= chunks[i] * steps[i]
         cuts = tuple(Cut(count, chunk) for count, chunk in zip(counts, chunks, strict=True))
         if cuts not in seen:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from gemmconv.blas import small_products
+from gemmconv.lowerings import filtered
 from gemmconv.lowerings.base import (
     Array,
     Bounds,
@@ -46,7 +46,7 @@ from gemmconv.lowerings.cost import (
     copy_s,
     most_workspace_bytes,
     pass_s,
-    small_s,
+    total_s,
 )
 from gemmconv.lowerings.grids import as_rows, fill, panels, side_by_side
 from gemmconv.lowerings.kn2row import Kn2Row
@@ -60,10 +60,6 @@ _POSITIONS = (64, 128, 256, 512, 1024, 2048)
 _PARTS = (1, 2, 4, 8)
 _WIDE = 64
 _L2_SHARE = 0.75
-# Small products: the rows of one, at most and at least, its most columns and its largest k, beyond which operands no
-# longer fit the L1 cache; and the most values of a packed filter, which is transposed for them.
-_PIECE, _SHORT_PIECE, _NARROW, _SHALLOW = 96, 32, 64, 256
-_MOST_SMALL = 1 << 21
 # The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
 _MOST_PACKED = 32 << 20
 
@@ -103,7 +99,6 @@ class Winograd:
     lines: tuple[Line, ...]
     cuts: tuple[Cut, Cut]  # of tiles or q in depth and height
     inner: Kn2Row
-    small: bool  # whether products are formed in small pieces, many in one step, and added to the sums after that
     programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     wants_finite_filter = True
@@ -145,12 +140,9 @@ class Winograd:
         q = [cut.longest for cut in self.cuts]
         most = max(self.lines, key=lambda line: line.points)
         grid = math.prod(self._grid(q, most)) * cin
-        rows, sums = self._sizes(q)
-        found = most.points * sums * self._columns * item
-        points = aligned(most.points * rows * cin * item) + aligned(found)
-        if self.small:
-            points += aligned(found + most.points * self._spare(sums) * self._columns * item)
-        return aligned(grid * item) + points
+        sizes = self.inner.sizes((*q, self.slots[2].count))
+        points = aligned(most.points * sizes.grid_rows * cin * item)
+        return aligned(grid * item) + points + aligned(most.points * sizes.rows * self._columns * item)
 
     @property
     def packed_values(self) -> int:
@@ -177,24 +169,6 @@ class Winograd:
         """Return the sizes of the grid of one point."""
         return self.inner.sizes((*q, self.slots[2].count)).grid  # type: ignore[arg-type]
 
-    def _sizes(self, q: Sequence[int]) -> tuple[int, int]:
-        """Return the rows of the grid and of the sums of one point."""
-        sizes = self.inner.sizes((*q, self.slots[2].count))
-        return sizes.grid_rows + (self._spare(sizes.rows) if self.small else 0), sizes.rows
-
-    def _pieces(self, m: int) -> tuple[int, int]:
-        """Return into how many pieces every deep-th of m rows is cut, and how many rows each has."""
-        panel = self.inner.panels[0][0]
-        deep = len(panel.deep)
-        most = max(1, min(_PIECE, small_products() // (self._columns * deep * self.problem.cin)))
-        pieces = -(-m // (deep * most))
-        return pieces, -(-m // (deep * pieces))
-
-    def _spare(self, rows: int) -> int:
-        """Return how many rows pieces of equal size reach over the end."""
-        deep = len(self.inner.panels[0][0].deep)
-        return deep * (self._pieces(rows)[0] + 1)
-
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
         problem, inner = self.problem, self.inner
@@ -209,11 +183,7 @@ class Winograd:
             values = d * h * w * cin
             sums = q[0] * q[1] * w * self._columns
             rows = q[0] * (h if q[0] > 1 else q[1]) * w
-            if self.small:
-                m, n = line.points * rows, self._columns
-                gemms = sum(small_s(m, n, len(p.deep) * cin, spilled=spilled) for p in inner.panels[0])
-            else:
-                gemms = line.points * inner.products_s(rows, spilled=spilled)
+            gemms = line.points * inner.products_s(rows, spilled=spilled)
             total += boxes * (gemms + copy_s(2 * grid, w * cin) + copy_s(line.points * sums, sums))
             # Differences of rows are passes with three arrays, sums are combined in place.
             total += boxes * line.points * 2 * pass_s(values, h * w * cin, spilled=spilled)
@@ -229,9 +199,8 @@ class Winograd:
     def reason(self) -> str:
         taps = sorted({len(line.taps) for line in self.lines})
         rows = math.prod(self._points([cut.longest for cut in self.cuts]))
-        how = "small products together" if self.small else "GEMMs"
         kinds = " and ".join(f"F(2,{n})" for n in taps)
-        return f"kn2row with {kinds} along {('depth', 'height')[self.along]}, {how} of up to {rows} rows, filter packed"
+        return f"kn2row with {kinds} along {('depth', 'height')[self.along]}, GEMMs of up to {rows} rows, filter packed"
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Combine the taps of the filtered axis, and lay them out as GEMMs take them: line, point, channels, panel."""
@@ -249,11 +218,7 @@ class Winograd:
                 of_channels = of_channels.reshape(line.points, self._taps, stop - start, problem.cin)
                 for panel in self.inner.panels[0]:
                     u = of_channels[:, panel.first : panel.first + panel.taps]
-                    if self.small:
-                        u = u.reshape(line.points, len(panel.deep), problem.cin, *panel.many, stop - start)
-                        u = np.moveaxis(u, (1, 2), (-2, -1))
-                    else:
-                        u = u.reshape(line.points, *panel.many, stop - start, len(panel.deep), problem.cin)
+                    u = u.reshape(line.points, *panel.many, stop - start, len(panel.deep), problem.cin)
                     for i, box in enumerate(panel.boxes()):
                         combine_taps([x[(*box, slice(start, stop))] for x in g], u[..., i, :])
 
@@ -268,7 +233,6 @@ class Winograd:
         q = [stop - start for start, stop in block[1:3]]
         sizes = inner.sizes((*q, self.slots[2].count))
         columns = math.prod(lanes) * channels
-        grid_rows, _ = self._sizes(q)
         all_sums = workspace.take(line.points, sizes.rows * columns)
         all_sums[...] = 0  # so that a sum of -0.0 becomes +0.0
         if operands.bias is not None:  # both results of a tile hold the sums of point 1
@@ -276,8 +240,7 @@ class Winograd:
                 all_sums[1].reshape(-1, channels, sizes.rows)[...] = operands.start(block.channels, 1)
             else:
                 all_sums[1].reshape(-1, channels)[...] = operands.start(block.channels)
-        all_grids = workspace.take(line.points, grid_rows * cin)
-        sums, grids = list(all_sums), list(all_grids)
+        sums, grids = list(all_sums), list(workspace.take(line.points, sizes.grid_rows * cin))
         coarse = [axis.coarse for axis in self.axes]
         value = five(problem.layout, operands.value, problem.batch, coarse, cin)[program.rows]
         rows = as_rows(problem, workspace.take(math.prod(program.grid) * cin))
@@ -296,15 +259,12 @@ class Winograd:
         item = workspace.gemm.itemsize
         before = sum(other.points for other in self.lines[: block.line]) * self._taps * problem.cout
         first_row = before + block.channels[0] * self._taps
-        if self.small:
-            self._multiply(all_grids, all_sums, operands.packed, first_row, program.products, workspace)
-        else:
-            for point, (grid, z) in enumerate(zip(grids, sums, strict=True)):
-                taps_at = address(operands.packed) + (first_row + point * self._taps * problem.cout) * cin * item
-                inner.multiply(
-                    workspace.gemm, 0, channels, program.products, address(grid),
-                    grid_rows if problem.layout == "NCDHW" else cin, address(z), sizes.rows, taps_at,
-                )  # fmt: skip
+        for point, (grid, z) in enumerate(zip(grids, sums, strict=True)):
+            taps_at = address(operands.packed) + (first_row + point * self._taps * problem.cout) * cin * item
+            inner.multiply(
+                workspace.gemm, 0, channels, program.products, address(grid),
+                sizes.grid_rows if problem.layout == "NCDHW" else cin, address(z), sizes.rows, taps_at,
+            )  # fmt: skip
         if clock:
             clock("gemm")
         combine_sums(sums)
@@ -331,42 +291,6 @@ class Winograd:
             store(target.reshape(*target.shape[:2], -1, together, target.shape[3]), by_row[where])
         if clock:
             clock("store")
-
-    def _multiply(
-        self,
-        grids: Array,
-        sums: Array,
-        packed: Array,
-        first_row: int,
-        products: Sequence[tuple[int, int, int, int]],
-        workspace: Workspace,
-    ) -> None:
-        """Form the products of all points in small pieces, one step for each panel, and add them to the sums."""
-        dtype, item, cin = grids.dtype, grids.itemsize, self.problem.cin
-        points, rows, n = len(grids), sums.shape[1] // self._columns, self._columns
-        spare = workspace.take(points * (rows + self._spare(rows)) * n)
-        for number, shifted, row, m in products:
-            panel = self.inner.panels[0][number]
-            deep = len(panel.deep)
-            pieces, each = self._pieces(m)
-            padded, k = deep * pieces * each, deep * cin
-            a = np.ndarray(
-                (points, deep, pieces, each, k), dtype, grids, shifted * cin * item,
-                (grids.strides[0], cin * item, each * k * item, k * item, item),
-            )  # fmt: skip
-            b = np.ndarray(
-                (points, 1, 1, k, n), dtype, packed,
-                (first_row + panel.first * self.inner.channels.longest) * cin * item,
-                (self._taps * self.problem.cout * cin * item, 0, 0, n * item, item),
-            )  # fmt: skip
-            c = np.ndarray(
-                (points, deep, pieces, each, n), dtype, spare, 0,
-                (padded * n * item, n * item, deep * each * n * item, deep * n * item, item),
-            )  # fmt: skip
-            np.matmul(a, b, out=c)
-            found = spare[: points * padded * n].reshape(points, padded * n)[:, : m * n]
-            cells = sums[:, row * n : (row + m) * n]
-            np.add(cells, found, out=cells)
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for schedules of few steps, where making it would take long."""
@@ -429,8 +353,8 @@ class Winograd:
         return found
 
 
-def schedule(problem: Problem, machine: Machine) -> Winograd:
-    """Choose axis and blocks for a problem by cost, or raise CannotLowerError where no axis can be filtered."""
+def schedule(problem: Problem, machine: Machine) -> Schedule:
+    """Choose axes and blocks for a problem by cost, or raise CannotLowerError where no axis can be filtered."""
     kernel, strides, dilations = (
         "x".join(str(getattr(axis, name)) for axis in problem.axes) for name in ("kernel", "stride", "dilation")
     )
@@ -446,14 +370,23 @@ def schedule(problem: Problem, machine: Machine) -> Winograd:
             continue  # a block would clear what belongs to others
         for parts, positions in product(_PARTS, _POSITIONS):
             if parts == 1 or problem.cout >= parts * _WIDE:
-                found.extend(_candidates(problem, axes, of_axes, along, lines, positions, parts))
+                found.append(_candidate(problem, axes, of_axes, along, lines, positions, parts))
     text = f"{problem.operation}: algorithm='winograd' cannot do this problem:"
-    if not found:
+    of_tiles = filtered.candidates(problem, machine)
+    if not found and not of_tiles:
         raise CannotLowerError(
             f"{text} it needs 2 or 3 neighbouring taps in every phase of depth or height, and no gaps if those are "
-            f"several phases, got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
+            "several phases, or where BLAS does not pack small products up to 3 in every phase of one axis, as far "
+            f"apart, got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
         )
-    return best(affordable(found, machine, text, "col2im"), machine)
+    item = problem.compute_dtype.itemsize
+    possible: list[Schedule] = [s for s in of_tiles if s.packed_values * item <= _MOST_PACKED]
+    try:
+        possible.append(best(affordable(found or of_tiles, machine, text, "col2im"), machine))
+    except CannotLowerError:
+        if not possible:
+            raise
+    return min(possible, key=lambda s: total_s(s, machine))
 
 
 def affordable(found: Sequence[S], machine: Machine, text: str, other: str) -> list[S]:
@@ -476,10 +409,10 @@ def affordable(found: Sequence[S], machine: Machine, text: str, other: str) -> l
     return packed
 
 
-def _candidates(
+def _candidate(
     problem: Problem, axes: tuple[Axis, Axis, Axis], of_axes: Sequence[Slots], along: int, lines: tuple[Line, ...],
     positions: int, parts: int,
-) -> list[Winograd]:  # fmt: skip
+) -> Winograd:  # fmt: skip
     counts = [of_axis.count for of_axis in of_axes]
     counts[along] = -(-counts[along] // RESULTS)
     channels = Cut(problem.cout, -(-problem.cout // parts))
@@ -497,21 +430,4 @@ def _candidates(
         problem, (inner_axes[0], inner_axes[1], inner_axes[2]), (inner_slots[0], inner_slots[1], inner_slots[2]), False,
         (cuts[0], cuts[1], Cut(counts[2], counts[2])), (group,), (of_point,), channels, True,
     )  # fmt: skip
-    plain = Winograd(problem, axes, (of_axes[0], of_axes[1], of_axes[2]), along, lines, cuts, inner, False)
-    return [plain, replace(plain, small=True)] if _can_be_small(plain) else [plain]
-
-
-def _can_be_small(plain: Winograd) -> bool:
-    """Whether products without packing are faster, and their columns are those of the sums."""
-    problem, inner = plain.problem, plain.inner
-    if problem.layout == "NCDHW" or problem.compute_dtype.kind != "f" or not inner.panels[0]:
-        return False
-    channels = inner.channels.longest
-    if any(stop - start != channels for start, stop in inner.channels):
-        return False
-    alike = {(panel.wide * channels, len(panel.deep)) for panel in inner.panels[0]}
-    if len(alike) > 1 or plain.packed_values > _MOST_SMALL:
-        return False
-    ((n, deep),) = alike
-    fits = _SHORT_PIECE * n * deep * problem.cin <= small_products()
-    return n == plain._columns and n <= _NARROW and deep * problem.cin <= _SHALLOW and fits
+    return Winograd(problem, axes, (of_axes[0], of_axes[1], of_axes[2]), along, lines, cuts, inner)
