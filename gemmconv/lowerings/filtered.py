@@ -58,6 +58,9 @@ _L2_SHARE = 0.75
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
 _MOST_WORKSPACE = 8
 
+# For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
+_FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
+
 # An axis along which nothing is combined: that of batch entries.
 ALONE = (Line(0, (0,), 0, results=1),)
 
@@ -393,8 +396,7 @@ def _combined(rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int,
     shape = [*rows.shape]
     shape[axis], shape[4 + axis] = line.points, n
     found = memory[: math.prod(shape)].reshape(shape)
-    # [which, place, ...]
-    source, to = (np.moveaxis(x, (axis, 4 + axis), (0, 1)) for x in (rows, found))
+    source, to = (x.transpose(_FIRST[axis]) for x in (rows, found))
     takes = (divmod(_behind(lines, line) + i, line.results) for i in range(line.points))
     combine_rows([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])
     return found

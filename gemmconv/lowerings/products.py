@@ -134,11 +134,13 @@ def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
         multiply_tiles(np.concatenate([a, a], axis=-2), tiles, twice)
         np.copyto(out, twice[..., :1, :])
         return
-    rows = min(m, _most() // (columns * k))
-    for start, stop, many in alike(m, -(-m // -(-m // rows))):
-        to = out[..., start:stop, :].reshape(*out.shape[:-2], many, -1, count, columns)
+    parts = -(-m // max(1, _most() // (columns * k)))
+    # Parts of the same length are formed in one step.
+    parts = next((n for n in range(parts, 2 * parts) if m % n == 0), parts)
+    for start, stop, many in alike(m, -(-m // parts)):
         left = a[..., start:stop, :].reshape(*a.shape[:-2], 1, many, -1, k)
-        np.matmul(left, tiles[..., np.newaxis, :, :], out=np.moveaxis(to, -2, -4))
+        to = out[..., start:stop, :].reshape(*out.shape[:-2], many, -1, count, columns)
+        np.matmul(left, tiles[..., np.newaxis, :, :], out=to.swapaxes(-2, -3).swapaxes(-3, -4))
 
 
 def _most() -> int:
