@@ -54,7 +54,9 @@ _POSITIONS = (128, 256, 512, 1024, 2048, 4096)
 _PARTS = (1, 2, 4, 8)
 _PIECES = (1, 2, 4)
 _WIDE = 64
-_L2_SHARE = 0.75
+# What a step costs beside its work: Python, and with several workers the time to be woken when another one was in Python
+# as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
+_STEP_S = 8e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
 _MOST_WORKSPACE = 8
 
@@ -208,7 +210,6 @@ class Filtered:
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
         problem = self.problem
-        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         strided = problem.layout == "NCDHW"
         sizes = [cut.size / len(cut) for cut in self.cuts]
         taps = [[len(phase.taps) for phase in of_axis] for of_axis in self.phases]
@@ -217,25 +218,29 @@ class Filtered:
         )
         strands = math.prod(lines[0].results * lines[0].apart for lines in self.lines)
         cells = math.prod(self._shapes(sizes, (1, 1))[0])
-        total = copy_s(cells, problem.cin, steps=strands, spilled=True, strided=strided)
+        total, steps = copy_s(cells, problem.cin, steps=0, spilled=True, strided=strided), strands + 1
         l_b, n_b = (n * problem.cin for n in _lengths(self.lines[1], sizes[3])[::-1])
         for first in self.lines[0]:
             if first.results > 1:
                 each = math.prod(self._shapes(sizes, (1, 1))[1])
-                total += first.points * pass_s(each, l_b, spilled=spilled)
+                total += first.points * pass_s(each, l_b)
+                steps += first.points
             for second in self.lines[1]:
                 _, _, rows, sums, _ = (math.prod(s) for s in self._shapes(sizes, (first.points, second.points)))
                 if second.results > 1:
-                    total += second.points * pass_s(rows / second.points, n_b, spilled=spilled)
+                    total += second.points * pass_s(rows / second.points, n_b)
+                    steps += second.points
                 results = sums / (first.points * second.points) * first.results * second.results
+                combining = [2 * (line.points - line.results) for line in (first, second)]
                 for n in (p * q for p, q in product(*taps)):
                     total += n * unpacked_s(landing_share * sums / sizes[4], sizes[4], problem.cin)
-                    total += (n - 1) * pass_s(landing_share * sums, sums, spilled=spilled)
-                    for line in (first, second):
-                        passes = 2 * (line.points - line.results)
-                        total += passes * pass_s(sums / line.points, sums, spilled=spilled)
-                    total += copy_s(results, sizes[4], steps=strands, spilled=True, strided=strided)
+                    total += (n - 1) * pass_s(landing_share * sums, sums)
+                    for line, passes in zip((first, second), combining, strict=True):
+                        total += passes * pass_s(sums / line.points, sums)
+                    total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided)
                     total += pass_s(results, results)
+                    steps += 2 * n + sum(combining) + strands + 1
+        total += steps * _STEP_S
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
         return self.count * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
 
