@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
@@ -54,9 +55,9 @@ _POSITIONS = (128, 256, 512, 1024, 2048, 4096)
 _PARTS = (1, 2, 4, 8)
 _PIECES = (1, 2, 4)
 _WIDE = 64
-# What a step costs beside its work: Python, and with several workers the time to be woken when another one was in Python
-# as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
-_STEP_S = 8e-6
+# What a step costs beside its work: Python, and with several workers the time to be woken when another one was in
+# Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
+_STEP_S = 7e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
 _MOST_WORKSPACE = 8
 
@@ -217,29 +218,29 @@ class Filtered:
             min(size, axis.coarse) / size for size, axis in zip(sizes[:2], self.axes, strict=False)
         )
         strands = math.prod(lines[0].results * lines[0].apart for lines in self.lines)
-        cells = math.prod(self._shapes(sizes, (1, 1))[0])
+        # Values of a single point.
+        cells, along_a, rows, sums, _ = map(math.prod, self._shapes(sizes, (1, 1)))
+        landed = landing_share * sums
+        r_a, r_b = (lines[0].results for lines in self.lines)
+        p_a, p_b = (sum(line.points for line in lines) for lines in self.lines)
         total, steps = copy_s(cells, problem.cin, steps=0, spilled=True, strided=strided), strands + 1
-        l_b, n_b = (n * problem.cin for n in _lengths(self.lines[1], sizes[3])[::-1])
-        for first in self.lines[0]:
-            if first.results > 1:
-                each = math.prod(self._shapes(sizes, (1, 1))[1])
-                total += first.points * pass_s(each, l_b)
-                steps += first.points
-            for second in self.lines[1]:
-                _, _, rows, sums, _ = (math.prod(s) for s in self._shapes(sizes, (first.points, second.points)))
-                if second.results > 1:
-                    total += second.points * pass_s(rows / second.points, n_b)
-                    steps += second.points
-                results = sums / (first.points * second.points) * first.results * second.results
-                combining = [2 * (line.points - line.results) for line in (first, second)]
-                for n in (p * q for p, q in product(*taps)):
-                    total += n * unpacked_s(landing_share * sums / sizes[4], sizes[4], problem.cin)
-                    total += (n - 1) * pass_s(landing_share * sums, sums)
-                    for line, passes in zip((first, second), combining, strict=True):
-                        total += passes * pass_s(sums / line.points, sums)
-                    total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided)
-                    total += pass_s(results, results)
-                    steps += 2 * n + sum(combining) + strands + 1
+        l_b, run_b = (n * problem.cin for n in _lengths(self.lines[1], sizes[3])[::-1])
+        if r_a > 1:
+            total += p_a * pass_s(along_a, l_b)
+            steps += p_a
+        if r_b > 1:
+            total += p_a * p_b * pass_s(rows, run_b)
+            steps += len(self.lines[0]) * p_b
+        for n in (p * q for p, q in product(*taps)):
+            for first, second in product(*self.lines):
+                points = first.points * second.points
+                total += n * unpacked_s(points * landed / sizes[4], sizes[4], problem.cin)
+                total += (n - 1) * pass_s(points * landed, points * landed)
+                passes = 2 * (first.points - r_a), 2 * (second.points - r_b)
+                total += passes[0] * pass_s(r_b * sums, sums) + passes[1] * pass_s(first.points * sums, sums)
+                results = r_a * r_b * sums
+                total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided) + pass_s(results, results)
+                steps += 2 * n + sum(passes) + strands + 1
         total += steps * _STEP_S
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
         return self.count * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
@@ -454,13 +455,18 @@ def _behind(lines: Sequence[Line], line: Line) -> int:
     return (line.first - min(other.first for other in lines)) // line.apart
 
 
-def _lengths(lines: Sequence[Line], tiles: float) -> tuple[Any, Any]:
+def _lengths(lines: tuple[Line, ...], tiles: float) -> tuple[Any, Any]:
     """Return the places along a filtered axis of the rows of a point, and of cells."""
-    extra = max((_behind(lines, line) + line.points - 1) // line.results for line in lines)
-    return tiles * lines[0].apart, (tiles + extra) * lines[0].apart
+    return tiles * lines[0].apart, (tiles + _extra(lines)) * lines[0].apart
 
 
-def _reach(of_axis: Sequence[Phase]) -> int:
+@lru_cache(maxsize=256)
+def _extra(lines: tuple[Line, ...]) -> int:
+    return max((_behind(lines, line) + line.points - 1) // line.results for line in lines)
+
+
+@lru_cache(maxsize=256)
+def _reach(of_axis: tuple[Phase, ...]) -> int:
     """Return how many more rows than q all phases of an axis need."""
     shifts = [shift for phase in of_axis for _, shift in phase.taps]
     return max(shifts) - min(shifts)
