@@ -435,7 +435,7 @@ def _results(sums: Array, first: Line, second: Line, start: Array | int) -> Arra
     """
     combine_sums([*sums.swapaxes(0, 1)])
     sums = sums[:, : second.results]
-    begins = sums[1] if len(first.taps) > 1 else sums  # both results hold the sums of point 1
+    begins = sums[: first.results]  # those that others are added to
     np.add(begins, start, out=begins)
     combine_sums([*sums])
     return sums[: first.results]
@@ -526,7 +526,7 @@ def candidates(problem: Problem, machine: Machine) -> list[Filtered]:
     for along in (*combinations((1, 2, 3), 1), *combinations((1, 2, 3), 2)):
         u, v, a, b = _order(along)
         of_a, of_b = lines[a], lines[b]
-        if of_a is None or of_b is None:
+        if not of_a or not of_b:
             continue
         four = axes[u], axes[v], axes[a], axes[b]
         for cuts, (cut, columns) in product(_cuts(four, (_unit(of_a[0]), _unit(of_b[0]))), channels):
@@ -544,10 +544,9 @@ def _order(along: tuple[int, ...]) -> tuple[int, ...]:
     return (*others, *along, 0) if len(along) == 1 else (*others, 0, *along)
 
 
-def _shared(lines: tuple[Line, ...] | None) -> tuple[Line, ...] | None:
+def _shared(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     """Return the lines of an axis if all can take their rows of the same cells."""
-    fits = lines is not None and all((line.first - lines[0].first) % line.apart == 0 for line in lines)
-    return lines if fits else None
+    return lines if all((line.first - lines[0].first) % line.apart == 0 for line in lines) else ()
 
 
 def _cuts(axes: Sequence[Axis], units: tuple[int, int]) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:

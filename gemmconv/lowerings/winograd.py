@@ -235,11 +235,11 @@ class Winograd:
         columns = math.prod(lanes) * channels
         all_sums = workspace.take(line.points, sizes.rows * columns)
         all_sums[...] = 0  # so that a sum of -0.0 becomes +0.0
-        if operands.bias is not None:  # both results of a tile hold the sums of point 1
+        if operands.bias is not None:  # the results of a tile begin with the sums of the first points
             if problem.layout == "NCDHW":
-                all_sums[1].reshape(-1, channels, sizes.rows)[...] = operands.start(block.channels, 1)
+                all_sums[:RESULTS].reshape(RESULTS, -1, channels, sizes.rows)[...] = operands.start(block.channels, 1)
             else:
-                all_sums[1].reshape(-1, channels)[...] = operands.start(block.channels)
+                all_sums[:RESULTS].reshape(RESULTS, -1, channels)[...] = operands.start(block.channels)
         sums, grids = list(all_sums), list(workspace.take(line.points, sizes.grid_rows * cin))
         coarse = [axis.coarse for axis in self.axes]
         value = five(problem.layout, operands.value, problem.batch, coarse, cin)[program.rows]
@@ -363,7 +363,7 @@ def schedule(problem: Problem, machine: Machine) -> Schedule:
     found: list[Winograd] = []
     for along in (0, 1):
         lines = lines_of(axes[along])
-        if lines is None or any(len(line.taps) == 1 or line.apart > 1 for line in lines):
+        if not lines or any(len(line.taps) == 1 or line.apart > 1 for line in lines):
             continue
         of_axes = [slots(axis, tiled=i != along) for i, axis in enumerate(axes)]
         if len(lines) > 1 and any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True)):
