@@ -50,16 +50,16 @@ from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
 # Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
-# _WIDE.
+# WIDE.
 _POSITIONS = (128, 256, 512, 1024, 2048, 4096)
-_PARTS = (1, 2, 4, 8)
+PARTS = (1, 2, 4, 8)
 _PIECES = (1, 2, 4)
-_WIDE = 64
+WIDE = 64
 # What a step costs beside its work: Python, and with several workers the time to be woken when another one was in
 # Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
-_STEP_S = 7e-6
+STEP_S = 7e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
-_MOST_WORKSPACE = 8
+MOST_WORKSPACE = 8
 
 # For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
 _FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
@@ -140,12 +140,12 @@ class Filtered:
     @property
     def order(self) -> tuple[int, ...]:
         """The axes in the order in which they lie: 0 for batch entries, 1 to 3 for depth, height and width."""
-        return _order(self.along)
+        return order_of(self.along)
 
     @property
     def units(self) -> tuple[int, int, int, int]:
         """By how many q blocks are cut."""
-        return 1, 1, _unit(self.lines[0][0]), _unit(self.lines[1][0])
+        return 1, 1, tile_size(self.lines[0][0]), tile_size(self.lines[1][0])
 
     @property
     def digits(self) -> list[list[Bounds]]:
@@ -241,7 +241,7 @@ class Filtered:
                 results = r_a * r_b * sums
                 total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided) + pass_s(results, results)
                 steps += 2 * n + sum(passes) + strands + 1
-        total += steps * _STEP_S
+        total += steps * STEP_S
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
         return self.count * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
 
@@ -297,9 +297,9 @@ class Filtered:
             copy(cells[to], value[source])
         n_a, n_b = program.shapes[3][4:6]
         for i, first in enumerate(self.lines[0]):
-            rows_a = _combined(cells, self.lines[0], first, 0, n_a, along_a)
+            rows_a = combined(cells, self.lines[0], first, 0, n_a, along_a)
             for j, second in enumerate(self.lines[1]):
-                rows = _combined(rows_a, self.lines[1], second, 1, n_b, along_b)
+                rows = combined(rows_a, self.lines[1], second, 1, n_b, along_b)
                 if clock:
                     clock("pack")
                 filter = filters[i * len(self.lines[1]) + j][..., tiles, :, :]
@@ -309,7 +309,7 @@ class Filtered:
                     _multiply(rows, filter, target, of_target, found)
                     if clock:
                         clock("gemm")
-                    results = _results(of_target, first, second, start)
+                    results = results_of(of_target, first, second, start)
                     if not np.isfinite(np.add.reduce(results, axis=None)):
                         raise NotFiniteError
                     if clock:
@@ -392,7 +392,7 @@ class Filtered:
         return Target(sizes, taps, whole, (fine_u, fine_v))
 
 
-def _combined(rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int, memory: Array) -> Array:
+def combined(rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int, memory: Array) -> Array:
     """Combine rows along one of the filtered axes to those of a line's points; rows of a single point are as they are.
 
     They are [which, which, u, v, place, place, channel], and what is found [point, ...] along that axis.
@@ -428,7 +428,7 @@ def _multiply(rows: Array, filter: Array, target: Target, sums: Array, found: Ar
         np.add(to, added.reshape(to.shape), out=to)
 
 
-def _results(sums: Array, first: Line, second: Line, start: Array | int) -> Array:
+def results_of(sums: Array, first: Line, second: Line, start: Array | int) -> Array:
     """Combine the sums of the points to results, and add what they begin with: [result, result, u, v, ...].
 
     Zero is added for its sign: products that underflow give -0.0.
@@ -445,7 +445,7 @@ def _most(lines: Sequence[Line]) -> int:
     return max(line.points for line in lines)
 
 
-def _unit(line: Line) -> int:
+def tile_size(line: Line) -> int:
     """Return how many q a tile has."""
     return line.results * line.apart
 
@@ -483,12 +483,12 @@ def _length(of: slice) -> int:
     return len(range(of.start, of.stop, of.step))
 
 
-def _strands(line: Line, first: int, limit: int, tiles: int) -> Iterator[tuple[int, slice, range]]:
+def strands(line: Line, first: int, limit: int, tiles: int) -> Iterator[tuple[int, slice, range]]:
     """Yield which result or cells, the places and the positions of those of a line from `first` on that are in a limit.
 
     Positions are [0, limit).
     """
-    step = _unit(line)
+    step = tile_size(line)
     for which, place in product(range(line.results), range(line.apart)):
         at = first + which * line.apart + place
         start, stop = max(0, -(at // step)), min(tiles, -((at - limit) // step))
@@ -499,15 +499,15 @@ def _strands(line: Line, first: int, limit: int, tiles: int) -> Iterator[tuple[i
 
 def _fills(axis: Axis, lines: Sequence[Line], tiles: Range, length: int) -> Iterator[Strand]:
     """Yield which cells are filled, at which places, from which rows of the value."""
-    first = min(line.first for line in lines) + _unit(lines[0]) * tiles[0]
-    for which, places, rows in _strands(lines[0], first, axis.coarse, length // lines[0].apart):
+    first = min(line.first for line in lines) + tile_size(lines[0]) * tiles[0]
+    for which, places, rows in strands(lines[0], first, axis.coarse, length // lines[0].apart):
         yield which, places, slice(rows[0], rows[-1] + 1, rows.step)
 
 
 def _stores(axis: Axis, line: Line, tiles: Range) -> Iterator[Strand]:
     """Yield which result is stored, of which places, at which fine positions."""
     phase = phases(axis)[line.slot]
-    for which, places, q in _strands(line, _unit(line) * tiles[0], phase.count, tiles[1] - tiles[0]):
+    for which, places, q in strands(line, tile_size(line) * tiles[0], phase.count, tiles[1] - tiles[0]):
         fine = (i * axis.stride + phase.offset for i in (q[0], q[-1]))
         yield which, places, slice(next(fine), next(fine) + 1, q.step * axis.stride)
 
@@ -520,25 +520,26 @@ def candidates(problem: Problem, machine: Machine) -> list[Filtered]:
         return []
     lines = [ALONE, *(_shared(lines_of(axis)) for axis in axes[1:])]
     gaps = any(unreached(axis, slots(axis, tiled=False)) for axis in axes)
-    parts = [Cut(problem.cout, -(-problem.cout // n)) for n in _PARTS if n == 1 or problem.cout >= n * _WIDE]
+    parts = [Cut(problem.cout, -(-problem.cout // n)) for n in PARTS if n == 1 or problem.cout >= n * WIDE]
     channels = [(cut, columns) for cut in parts if (columns := tile_columns(cut, problem.cin))]
     found = []
     for along in (*combinations((1, 2, 3), 1), *combinations((1, 2, 3), 2)):
-        u, v, a, b = _order(along)
+        u, v, a, b = order_of(along)
         of_a, of_b = lines[a], lines[b]
         if not of_a or not of_b:
             continue
         four = axes[u], axes[v], axes[a], axes[b]
-        for cuts, (cut, columns) in product(_cuts(four, (_unit(of_a[0]), _unit(of_b[0]))), channels):
+        q = [-(-axis.fine // axis.stride) for axis in four]
+        for cuts, (cut, columns) in product(cuts_of(q, (1, 1, tile_size(of_a[0]), tile_size(of_b[0]))), channels):
             made = Filtered(
                 problem, along, four, (of_a, of_b), (of_axes[u], of_axes[v]), (*cuts, cut), columns, gaps
             )  # fmt: skip
-            if made.workspace_bytes <= _MOST_WORKSPACE * machine.l2_bytes:
+            if made.workspace_bytes <= MOST_WORKSPACE * machine.l2_bytes:
                 found.append(made)
     return found
 
 
-def _order(along: tuple[int, ...]) -> tuple[int, ...]:
+def order_of(along: tuple[int, ...]) -> tuple[int, ...]:
     """Return the order of axes: those that are not filtered before those that are, batch entries second or last."""
     others = tuple(i for i in (1, 2, 3) if i not in along)
     return (*others, *along, 0) if len(along) == 1 else (*others, 0, *along)
@@ -549,18 +550,19 @@ def _shared(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     return lines if all((line.first - lines[0].first) % line.apart == 0 for line in lines) else ()
 
 
-def _cuts(axes: Sequence[Axis], units: tuple[int, int]) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:
-    """Yield cuts of boxes of many sizes, along tiles first or along the axes that are not filtered."""
-    steps = (1, 1, *units)
-    q = [-(-axis.fine // axis.stride) for axis in axes]
-    counts = [-(-size // step) for size, step in zip(q, steps, strict=True)]
+def cuts_of(positions: Sequence[int], units: Sequence[int]) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:
+    """Yield cuts of boxes of many sizes, along tiles first or along the axes that are not filtered.
+
+    `positions` says how many there are on each axis, `units` how many are in a tile.
+    """
+    counts = [-(-size // unit) for size, unit in zip(positions, units, strict=True)]
     seen = set()
-    for along, pieces, positions in product(((0, 1, 3, 2), (3, 2, 1, 0)), _PIECES, _POSITIONS):
-        left, chunks = positions, [1] * 4
+    for along, pieces, most in product(((0, 1, 3, 2), (3, 2, 1, 0)), _PIECES, _POSITIONS):
+        left, chunks = most, [1] * 4
         for i in along:
-            most = -(-counts[i] // pieces) if i == 3 else counts[i]
-            chunks[i] = min(most, max(1, left // steps[i]))
-            left //= chunks[i] * steps[i]
+            whole = -(-counts[i] // pieces) if i == 3 else counts[i]
+            chunks[i] = min(whole, max(1, left // units[i]))
+            left //= chunks[i] * units[i]
         cuts = tuple(Cut(count, chunk) for count, chunk in zip(counts, chunks, strict=True))
         if cuts not in seen:
             seen.add(cuts)

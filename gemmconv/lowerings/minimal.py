@@ -5,8 +5,8 @@ For y[q] = sum over j of x[q+j] * g[j], the results y[0] and y[1] are, with the 
     2 taps: z = (x0+x1)*g0, (x1+x2)*g1, x1*(g1-g0);                                         y = z0+z2, z1-z2
     3 taps: z = (x0-x2)*g0, (x3-x1)*g2, (x2-x1)*(g0-g1+g2)/2, (x1+x2)*(g0+g1+g2)/2;         y = z0+z2+z3, z1-z2+z3
 
-so y[0] depends on none but x0 to x1 (or x2), and y[1] on none but x1 to x2 (or x3), even where sums cancel. A single tap
-has the first two points, x0*g0 and x1*g0, so that taps of several phases can be added up point by point.
+so y[0] depends on none but x0 to x1 (or x2), and y[1] on none but x1 to x2 (or x3), even where sums cancel. A single
+tap has the first two points, x0*g0 and x1*g0, so that taps of several phases can be added up point by point.
 
 Source: S. Winograd, Arithmetic Complexity of Computations, SIAM 1980; for convolutional networks A. Lavin and S. Gray,
 arXiv:1509.09308.

@@ -61,7 +61,7 @@ _PARTS = (1, 2, 4, 8)
 _WIDE = 64
 _L2_SHARE = 0.75
 # The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
-_MOST_PACKED = 32 << 20
+MOST_PACKED = 32 << 20
 
 
 S = TypeVar("S", bound=Schedule)
@@ -380,7 +380,7 @@ def schedule(problem: Problem, machine: Machine) -> Schedule:
             f"apart, got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
         )
     item = problem.compute_dtype.itemsize
-    possible: list[Schedule] = [s for s in of_tiles if s.packed_values * item <= _MOST_PACKED]
+    possible: list[Schedule] = [s for s in of_tiles if s.packed_values * item <= MOST_PACKED]
     try:
         possible.append(best(affordable(found or of_tiles, machine, text, "col2im"), machine))
     except CannotLowerError:
@@ -400,11 +400,11 @@ def affordable(found: Sequence[S], machine: Machine, text: str, other: str) -> l
         least = min(s.workspace_bytes for s in found)
         raise CannotLowerError(f"{text} its blocks take {least} bytes, more than {limit}; '{other}' and 'auto' can")
     item = found[0].problem.compute_dtype.itemsize
-    packed = [s for s in small_enough if s.packed_values * item <= _MOST_PACKED]
+    packed = [s for s in small_enough if s.packed_values * item <= MOST_PACKED]
     if not packed:
         packed_bytes = min(s.packed_values for s in small_enough) * item
         raise CannotLowerError(
-            f"{text} its packed filter takes {packed_bytes} bytes, more than {_MOST_PACKED}; '{other}' and 'auto' can"
+            f"{text} its packed filter takes {packed_bytes} bytes, more than {MOST_PACKED}; '{other}' and 'auto' can"
         )
     return packed
 

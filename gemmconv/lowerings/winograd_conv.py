@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings import winograd
+from gemmconv.lowerings import filtered_conv, winograd
 from gemmconv.lowerings.base import (
     Array,
     Bounds,
@@ -40,7 +40,7 @@ from gemmconv.lowerings.base import (
     five,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s, total_s
 from gemmconv.lowerings.pairs import SIGNS, Pairs, Piece, Term, add_points, combine_cells, combine_taps, scheme
 from gemmconv.lowerings.phases import Slots, places, slots
 from gemmconv.lowerings.turned import twin
@@ -327,8 +327,13 @@ def _of_first(term: Term) -> tuple[int, Piece]:
 
 
 def schedule(problem: Problem, machine: Machine) -> Schedule:
-    """Choose between filtering along two axes and along one by cost, or raise CannotLowerError."""
-    found: list[Schedule] = []
+    """Choose between GEMM along two axes, or along one as the twin has it, and small products by cost.
+
+    Raise CannotLowerError where no taps can be filtered.
+    """
+    item = problem.compute_dtype.itemsize
+    of_tiles = filtered_conv.candidates(problem, machine)
+    found: list[Schedule] = [s for s in of_tiles if s.packed_values * item <= winograd.MOST_PACKED]
     if all(axis.stride == 1 for axis in problem.axes):
         with suppress(CannotLowerError):
             found.append(winograd.schedule(twin(problem), machine))
@@ -337,7 +342,7 @@ def schedule(problem: Problem, machine: Machine) -> Schedule:
     except CannotLowerError:
         if not found:
             raise
-    return best(found, machine)
+    return min(found, key=lambda s: total_s(s, machine))
 
 
 def paired(problem: Problem, machine: Machine) -> Paired:

@@ -1,0 +1,403 @@
+"""A convolution with minimal filtering along one or two axes and products that BLAS does not pack.
+
+As filtered.py does it for the transposed convolution, with all phases of the fine array on the side of the rows: those
+with as many taps on each axis are a family. Their cells lie side by side as one channel axis, each from its own first
+row on, so that a tap of the axes that are not filtered is a run of rows of all of them, and one product. The products
+of all families are added to the sums point by point, since single and two taps have the first points of three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations, groupby, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    Array,
+    Bounds,
+    Cut,
+    Index,
+    NotFiniteError,
+    Operands,
+    Range,
+    Workspace,
+    aligned,
+    canonical,
+    copy,
+    digit,
+    five,
+    store,
+)
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, copy_s, pass_s, streamed_s, unpacked_s
+from gemmconv.lowerings.filtered import (
+    MOST_WORKSPACE,
+    PARTS,
+    STEP_S,
+    WIDE,
+    Strand,
+    combined,
+    cuts_of,
+    order_of,
+    results_of,
+    strands,
+    tile_size,
+)
+from gemmconv.lowerings.minimal import Line, combine_taps, lines_of
+from gemmconv.lowerings.phases import phases
+from gemmconv.lowerings.products import LARGEST, multiply_tiles, tile_columns, unpacked
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# The most values of a row: those of one family.
+_DEEPEST = 1 << 11
+
+Lines = tuple[Line, ...]
+
+
+class Block(NamedTuple):
+    """A box of the result: positions on two axes, tiles on two more, channels."""
+
+    u: Range
+    v: Range
+    a: Range
+    b: Range
+    channels: Range
+
+
+class Family(NamedTuple):
+    """The phases of each axis that as many taps reach."""
+
+    u: Lines
+    v: Lines
+    a: Lines
+    b: Lines
+
+    @property
+    def size(self) -> int:
+        """How many phases lie side by side."""
+        return math.prod(map(len, self))
+
+    @property
+    def points(self) -> tuple[int, int]:
+        return self.a[0].points, self.b[0].points
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Taps of the axes that are not filtered."""
+        return len(self.u[0].taps), len(self.v[0].taps)
+
+
+class Program(NamedTuple):
+    """What a block does."""
+
+    sums: tuple[int, ...]
+    shapes: list[list[tuple[int, ...]]]  # of each family: cells, and rows combined along one axis and both
+    fills: list[list[tuple[Index, Index]]]  # of each family, of its cells and of the value
+    stores: list[tuple[Index, Index]]  # of the results, of the output
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredConv:
+    """A schedule; see the module, and Filtered for the four axes."""
+
+    problem: Problem
+    along: tuple[int, ...]  # the filtered axes
+    axes: tuple[Axis, Axis, Axis, Axis]
+    families: tuple[Family, ...]  # the first has the most points
+    cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of positions, of tiles and of the channels
+    columns: int  # of the filter's tiles
+    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
+
+    wants_finite_filter = True
+    wants_finite_value = False
+    whole_behind = 3
+    largest_product = LARGEST
+
+    @property
+    def count(self) -> int:
+        return math.prod(map(len, self.cuts))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes in the order in which they lie: 0 for batch entries, 1 to 3 for depth, height and width."""
+        return order_of(self.along)
+
+    @property
+    def units(self) -> tuple[int, int, int, int]:
+        """By how many positions blocks are cut."""
+        return 1, 1, tile_size(self.families[0].a[0]), tile_size(self.families[0].b[0])
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        found = []
+        for of, axis, cut, each in zip(self.order, self.axes, self.cuts, self.units, strict=False):
+            found.append(digit(of, ((each * p, min(axis.coarse, each * q)) for p, q in cut)))
+        return [*found, digit(4, self.cuts[4])]
+
+    def block(self, index: int) -> Block:
+        """Return a block; those of the same rows follow each other."""
+        spans = []
+        for cut in reversed(self.cuts):
+            index, at = divmod(index, len(cut))
+            spans.append(cut[at])
+        return Block(*reversed(spans))
+
+    @property
+    def packed_values(self) -> int:
+        each = self.problem.cout * self.problem.cin
+        return sum(math.prod((*_filters(f), *f.taps, f.size)) for f in self.families) * each
+
+    @property
+    def workspace_bytes(self) -> int:
+        item = self.problem.compute_dtype.itemsize
+        sizes = [cut.longest for cut in self.cuts]
+        of_families = [[math.prod(shape) for shape in self._shapes(family, sizes)] for family in self.families]
+        arrays = [*map(max, zip(*of_families, strict=True)), *[math.prod(self._sums(sizes))] * 2]
+        return sum(aligned(values * item) for values in arrays)
+
+    def _sums(self, sizes: Any) -> Any:
+        """Return the shape of the sums of a block of so many positions, tiles and channels."""
+        u, v, a, b, channels = sizes
+        first = self.families[0]
+        return (*first.points, u, v, a * first.a[0].apart, b * first.b[0].apart, channels)
+
+    def _shapes(self, family: Family, sizes: Any) -> Any:
+        """Return the shapes of a family's cells, and of rows combined along one axis and both."""
+        u, v, a, b, _ = sizes
+        rows = tuple(n + (len(lines[0].taps) - 1) * lines[0].apart for n, lines in zip((u, v), family, strict=False))
+        lines = family.a[0], family.b[0]
+        n_a, n_b = (n * line.apart for n, line in zip((a, b), lines, strict=True))
+        l_a, l_b = ((n + (line.points - 1) // line.results) * line.apart for n, line in zip((a, b), lines, strict=True))
+        (r_a, r_b), (p_a, p_b), values = (
+            (line.results for line in lines),
+            family.points,
+            family.size * self.problem.cout,
+        )
+        return [
+            (r_a, r_b, *rows, l_a, l_b, values),
+            (p_a, r_b, *rows, n_a, l_b, values) if r_a > 1 else (0,),
+            (p_a, p_b, *rows, n_a, n_b, values) if r_b > 1 else (0,),
+        ]
+
+    @property
+    def reason(self) -> str:
+        names = " and ".join(("depth", "height", "width")[i - 1] for i in self.along)
+        rows = math.prod(cut.longest * each for cut, each in zip(self.cuts[:4], self.units, strict=True))
+        cut = len(self.cuts[4]) > 1
+        channels = f", {self.cuts[4].longest} of {self.problem.cin} channels" if cut else ""
+        return f"minimal filtering along {names}, small products of up to {rows} rows together{channels}, filter packed"
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
+        problem = self.problem
+        strided = problem.layout == "NCDHW"
+        sizes = [cut.size / len(cut) for cut in self.cuts]
+        sums = math.prod(self._sums(sizes)[2:])
+        total, steps = 0.0, 0
+        for number, family in enumerate(self.families):
+            cells, along_a, rows = self._shapes(family, sizes)
+            runs = [family.size * tile_size(lines[0]) for lines in family[2:]]
+            steps += math.prod(runs) // family.size + sum(family.points) + 1
+            total += copy_s(math.prod(cells), problem.cout, steps=0, spilled=True, strided=strided)
+            if family.size > 1:
+                total += streamed_s(math.prod(cells), problem.cout)
+            for shape, run in ((along_a, math.prod(along_a[5:])), (rows, math.prod(rows[5:]))):
+                if len(shape) > 1:
+                    total += pass_s(math.prod(shape), run)
+            points, taps = math.prod(family.points), math.prod(family.taps)
+            total += taps * unpacked_s(points * sums / sizes[4], sizes[4], cells[-1])
+            added = taps - (number == 0)
+            total += added * pass_s(points * sums, sums)
+            steps += taps + added
+        first = self.families[0]
+        results = math.prod(lines[0].results for lines in first[2:])
+        for line, others in ((first.b[0], first.points[0]), (first.a[0], first.b[0].results)):
+            passes = 2 * (line.points - line.results)
+            total += passes * pass_s(others * sums, sums)
+            steps += passes
+        total += copy_s(results * sums, sizes[4], steps=0, spilled=True, strided=strided)
+        steps += math.prod(self.units) + 2
+        packing = copy_s(3 * self.packed_values, problem.cin, spilled=True)
+        return self.count * (total + steps * STEP_S) + packing
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Combine taps along both filtered axes, and lay them out as `_packed` says."""
+        problem = self.problem
+        tiles = problem.cin // self.columns
+        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), problem.cout, tiles, self.columns)
+        taps = taps.transpose(*self.order, 5, 4, 6)
+        for family, to in zip(self.families, self._packed(packed), strict=True):
+            for number, lines in enumerate(product(*family)):
+                u, v, a, b = lines
+                part = slice(number * problem.cout, (number + 1) * problem.cout)
+                for (i, tap_u), (j, tap_v) in product(enumerate(u.taps), enumerate(v.taps)):
+                    of_tap = taps[tap_u, tap_v]
+                    along_a = np.empty((a.filters, *of_tap.shape[1:]), packed.dtype)
+                    combine_taps([of_tap[tap] for tap in a.taps], along_a)
+                    combine_taps([along_a[:, tap] for tap in b.taps], to[:, :, i, j, :, part].swapaxes(0, 1))
+
+    def _packed(self, packed: Array) -> list[Array]:
+        """Return the packed filter of each family: [point, point, tap, tap, tile, phase and cout, column]."""
+        found, at = [], 0
+        for f in self.families:
+            shape = (*_filters(f), *f.taps, self.problem.cin // self.columns, f.size * self.problem.cout, self.columns)
+            size = math.prod(shape)
+            found.append(packed[at : at + size].reshape(shape))
+            at += size
+        return found
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        np.setbufsize(SMALLEST_BUFFER)
+        workspace.reset()
+        problem, axes, clock = self.problem, canonical(self.problem.axes), workspace.clock
+        block, program = self.block(index), self._program(index)
+        value = five(problem.layout, operands.value, problem.batch, [axis.fine for axis in axes], problem.cout)
+        output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in axes], problem.cin)
+        value, output = (array.transpose(*self.order, 4) for array in (value, output))
+        output = output[..., slice(*block.channels)]
+        tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
+        sums = workspace.take(*program.sums)
+        memory = [workspace.take(max(map(math.prod, shapes))) for shapes in zip(*program.shapes, strict=True)]
+        found = workspace.take(sums.size)
+        places = program.sums[4:6]
+        for number, (family, filter) in enumerate(zip(self.families, self._packed(operands.packed), strict=True)):
+            cells = memory[0][: math.prod(program.shapes[number][0])].reshape(program.shapes[number][0])
+            if _padded(cells, program.fills[number]):
+                cells[...] = 0
+            for to, source in program.fills[number]:
+                copy(cells[to], value[source])
+            rows = cells
+            for axis, (line, *_) in enumerate(family[2:]):
+                rows = combined(rows, (line,), line, axis, places[axis], memory[1 + axis])
+            if clock:
+                clock("pack")
+            of_family = sums[: family.points[0], : family.points[1]]
+            _multiply(family, rows, filter[..., tiles, :, :], of_family, found, adds=number > 0)
+            if clock:
+                clock("gemm")
+        first = self.families[0]
+        results = results_of(sums, first.a[0], first.b[0], operands.start(block.channels))
+        if not np.isfinite(np.add.reduce(results, axis=None)):
+            raise NotFiniteError
+        if clock:
+            clock("col2im")
+        for source, target in program.stores:
+            store(output[target], results[source])
+        if clock:
+            clock("store")
+
+    def _program(self, index: int) -> Program:
+        """Return what a block does: made once for schedules of few steps, where making it would take long."""
+        program = self.programs.get(index)
+        if program is None:
+            program = self._made(self.block(index))
+            if sum(map(len, program.fills)) * self.count <= MOST_STEPS_KEPT:
+                self.programs[index] = program
+        return program
+
+    def _made(self, block: Block) -> Program:
+        sizes = [stop - start for start, stop in block]
+        shapes = [self._shapes(family, sizes) for family in self.families]
+        fills = [
+            list(self._fills(block, *of)) for of in zip(self.families, (shape[0] for shape in shapes), strict=True)
+        ]
+        of_axes = []
+        for axis, lines, tiles in zip(self.axes[2:], self.families[0][2:], block[2:4], strict=True):
+            first = tile_size(lines[0]) * tiles[0]
+            found = strands(lines[0], first, axis.coarse, tiles[1] - tiles[0])
+            of_axes.append([(which, places, slice(i[0], i[-1] + 1, i.step)) for which, places, i in found])
+        every = slice(None)
+        box = slice(*block.u), slice(*block.v)
+        stores = [
+            ((which_a, which_b, every, every, from_a, from_b), (*box, to_a, to_b))
+            for (which_a, from_a, to_a), (which_b, from_b, to_b) in product(*of_axes)
+        ]
+        return Program(self._sums(sizes), shapes, fills, stores)
+
+    def _fills(self, block: Block, family: Family, cells: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
+        """Yield which of the cells of a family are filled, and from where in the value."""
+        cout = self.problem.cout
+        for number, lines in enumerate(product(*family)):
+            of_axes = (
+                list(_taken(axis, line, start, length))
+                for axis, line, (start, _), length in zip(self.axes, lines, block[:4], cells[2:6], strict=True)
+            )
+            for u, v, a, b in product(*of_axes):
+                part = slice(number * cout, (number + 1) * cout)
+                yield (a[0], b[0], u[1], v[1], a[1], b[1], part), (u[2], v[2], a[2], b[2])
+
+
+def _multiply(family: Family, rows: Array, filter: Array, sums: Array, found: Array, *, adds: bool) -> None:
+    """Form the products of a family in the sums of its points, or add them to what is there."""
+    u, v = sums.shape[2:4]
+    apart_u, apart_v = family.u[0].apart, family.v[0].apart
+    for i, j in product(*map(range, family.taps)):
+        taken = rows[:, :, i * apart_u : i * apart_u + u, j * apart_v : j * apart_v + v]
+        # Where no line is cut the rows of all follow each other.
+        lines = 1 if v == rows.shape[3] else u
+        left = taken.reshape(*family.points, lines, -1, rows.shape[-1])
+        right = filter[:, :, i, j, np.newaxis]
+        shape = (*left.shape[:-1], sums.shape[-1])
+        if not adds:
+            multiply_tiles(left, right, sums.reshape(shape))
+            adds = True
+            continue
+        added = found[: math.prod(shape)].reshape(shape)
+        multiply_tiles(left, right, added)
+        np.add(sums, added.reshape(sums.shape), out=sums)
+
+
+def _filters(family: Family) -> tuple[int, int]:
+    """Return how many filters the points have along both filtered axes."""
+    return family.a[0].filters, family.b[0].filters
+
+
+def _padded(cells: Array, fills: list[tuple[Index, Index]]) -> bool:
+    """Whether cells reach beyond the value."""
+    return sum(cells[to].size for to, _ in fills) < cells.size
+
+
+def _taken(axis: Axis, line: Line, start: int, length: int) -> Iterator[Strand]:
+    """Yield which cells of an axis are filled, at which places, from which fine positions."""
+    phase = phases(axis)[line.slot]
+    if line.results == 1:
+        line = line._replace(apart=1)
+    for which, places, q in strands(line, line.first + tile_size(line) * start, phase.count, length // line.apart):
+        first, last = (i * axis.stride + phase.offset for i in (q[0], q[-1]))
+        yield which, places, slice(first, last + 1, q.step * axis.stride)
+
+
+def candidates(problem: Problem, machine: Machine) -> list[FilteredConv]:
+    """Return schedules for every choice of one or two filtered axes; none where BLAS packs small products too."""
+    axes = Axis(problem.batch, problem.batch, 1), *canonical(problem.axes)
+    if not unpacked(problem) or not all(phases(axis) for axis in axes):
+        return []
+    plain = [_families(lines_of(axis, gathers=True, most=axis.kernel, results=1)) for axis in axes]
+    filtered = [_families(lines_of(axis, gathers=True)) for axis in axes]
+    parts = [Cut(problem.cin, -(-problem.cin // n)) for n in PARTS if n == 1 or problem.cin >= n * WIDE]
+    found = []
+    for along in (*combinations((1, 2, 3), 1), *combinations((1, 2, 3), 2)):
+        order = order_of(along)
+        of_axes = [filtered[i] if i in along else plain[i] for i in order]
+        families = tuple(Family(*lines) for lines in product(*of_axes))
+        if not families or max(family.size for family in families) * problem.cout > _DEEPEST:
+            continue
+        u, v, a, b = (axes[i] for i in order)
+        deepest = max(family.size for family in families) * problem.cout
+        channels = [(cut, columns) for cut in parts if (columns := tile_columns(cut, deepest))]
+        steps = (1, 1, tile_size(families[0].a[0]), tile_size(families[0].b[0]))
+        for cuts, (cut, columns) in product(cuts_of([axis.coarse for axis in (u, v, a, b)], steps), channels):
+            made = FilteredConv(problem, along, (u, v, a, b), families, (*cuts, cut), columns)
+            if made.workspace_bytes <= MOST_WORKSPACE * machine.l2_bytes:
+                found.append(made)
+    return found
+
+
+def _families(lines: Lines) -> list[Lines]:
+    """Return the lines of an axis by their number of taps, the most first."""
+    by_taps = sorted(lines, key=lambda line: -len(line.taps))
+    return [tuple(found) for _, found in groupby(by_taps, key=lambda line: len(line.taps))]
