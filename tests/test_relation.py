@@ -62,7 +62,7 @@ def plans(problem, workers=1, l2_bytes=None):
 def drawn(rng, monkeypatch, problem, workers=1, l2_bytes=1 << 20):
     """Return plans as above whose schedules are drawn from all that are compared, whatever they cost."""
     with monkeypatch.context() as patch:
-        for where in ("plan", "lowerings.cost"):
+        for where in ("plan", "lowerings.cost", "lowerings.winograd", "lowerings.winograd_conv"):
             patch.setattr(f"gemmconv.{where}.total_s", lambda *_: rng.random() + 0.1)
         return plans(problem, workers, l2_bytes)
 

@@ -51,9 +51,9 @@ from gemmconv.problem import Axis, Problem
 
 # Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
 # WIDE.
-_POSITIONS = (128, 256, 512, 1024, 2048, 4096)
+_POSITIONS = (256, 512, 1024, 2048, 4096)
 PARTS = (1, 2, 4, 8)
-_PIECES = (1, 2, 4)
+_PIECES = (1, 2)
 WIDE = 64
 # What a step costs beside its work: Python, and with several workers the time to be woken when another one was in
 # Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.

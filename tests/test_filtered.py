@@ -1,0 +1,172 @@
+"""Minimal filtering with small products: every choice of axes and blocks, whatever the BLAS and the cost model.
+
+Whole numbers have one result in any order of summation, and minimal filtering combines them with halves and sums only.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import relation
+from oracle import integers, rounded, same_bits
+from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F401  the first is a fixture
+from test_relation import LAYOUTS, ONE, operands, run
+
+from gemmconv.lowerings import base, filtered, filtered_conv, products
+from gemmconv.lowerings.base import Operands, Workspace
+from gemmconv.machine import Machine
+from gemmconv.plan import make_plan
+from gemmconv.problem import Axis, Problem
+
+MODULES = {"conv3d_transpose": filtered, "conv3d": filtered_conv}
+MACHINE = Machine(2, 1 << 20, 1 << 25)
+# One to three taps a phase: stride 1, 2 and 3, dilated, cut and open ends, a kernel below the stride.
+AXES = [
+    Axis(5, 5, 3, 1, 1, 1),
+    Axis(3, 6, 4, 2, 1, 1),
+    Axis(5, 10, 3, 2, 1, 0),
+    Axis(4, 9, 5, 2, 1, 1),
+    Axis(7, 9, 3, 1, 2, 1),
+    Axis(4, 6, 3, 1, 1, 0),
+    Axis(6, 3, 3, 1, 1, 4),
+    Axis(4, 16, 7, 3, 1, -2),
+    Axis(4, 15, 3, 2, 2, 1),
+    Axis(3, 5, 2, 3, 1, 1),
+    Axis(9, 12, 2, 1, 3, 0),
+    ONE,
+]
+
+
+@pytest.fixture(params=[6000, 1_000_000])
+def _small(request, monkeypatch):
+    """Set the largest product that BLAS is said not to pack: rows are in one piece, or in several and what is left."""
+    monkeypatch.setattr(products, "small_products", lambda: request.param)
+    products.tile.cache_clear()
+    yield
+    products.tile.cache_clear()
+
+
+def drawn_problem(rng, operation, dtype="float32", layout="NDHWC", biggest=2):
+    axes = tuple(AXES[i] for i in rng.integers(len(AXES), size=3))
+    cin, cout = (int(n) for n in rng.choice([1, 3, 16, 32, 128], 2, p=[0.2, 0.2, 0.3, 0.25, 0.05]))
+    return Problem(operation, int(rng.integers(1, biggest + 1)), cin, cout, axes, np.dtype(dtype), layout)
+
+
+def plan_of(problem, schedule, workers=2):
+    plan = make_plan.__wrapped__(problem, MACHINE, "auto", workers)
+    return dataclasses.replace(plan, schedule=schedule, algorithm="winograd")
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", MODULES)
+def test_random_choices_give_the_oracles_bits(operation, layout, dtype):
+    """Random problems, two of their schedules for each choice of axes, with and without a bias."""
+    rng = np.random.default_rng([1, *map(ord, operation + layout + dtype)])
+    chosen, several, done = set(), 0, 0
+    while done < 14 or len(chosen) < 6:
+        problem = drawn_problem(rng, operation, dtype, layout)
+        found = MODULES[operation].candidates(problem, MACHINE)
+        done += bool(found)
+        first, second, bias = operands(rng, problem, largest=2 if dtype == "float16" else 5)
+        want = rounded(relation.result(problem, first, second, bias), dtype)
+        for along, those in itertools.groupby(found, key=lambda schedule: schedule.along):
+            for schedule in rng.permuted(np.array([*those, None], object)[:-1])[:2]:
+                several += schedule.count > 1
+                chosen.add(along)
+                with told(problem, schedule):
+                    assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
+    assert several > 5
+
+
+@pytest.mark.parametrize("operation", MODULES)
+def test_blocks_write_what_their_digits_say(operation):
+    """Each cell once, all of a block's cells, and no other."""
+    rng = np.random.default_rng([2, *map(ord, operation)])
+    looked_at = 0
+    while looked_at < 12:
+        problem = drawn_problem(rng, operation)
+        found = MODULES[operation].candidates(problem, MACHINE)
+        if not found:
+            continue
+        schedule = found[rng.integers(len(found))]
+        looked_at += schedule.count > 1
+        shapes = relation.shapes(problem)
+        steps = tuple(
+            base.steps_of(problem.layout, role == "filter", shape, base.order(problem.axes))
+            for role, shape in zip(problem.roles, shapes, strict=True)
+        )
+        first, second = (integers(rng, shape, "float32") for shape in shapes[:2])
+        packed, output = np.empty(schedule.packed_values, np.float32), np.full(shapes[2], np.nan, np.float32)
+        schedule.pack(second, packed)
+        workspace = Workspace(schedule.workspace_bytes, problem.compute_dtype)
+        written = np.zeros(shapes[2], int)
+        along = (0, *(1 + i for i in base.order(problem.axes)), 4)
+        for index, values in enumerate(itertools.product(*schedule.digits)):
+            output[...] = np.nan
+            schedule.run(index, Operands(first, second, output, packed, steps), workspace)
+            box = [slice(None)] * 5
+            for axis, (start, stop) in itertools.chain(*values):
+                box[along[axis]] = slice(start, stop)
+            here = ~np.isnan(output)
+            with told(problem, schedule, index):
+                assert here[tuple(box)].all()
+                assert here.sum() == here[tuple(box)].sum()
+            written += here
+        assert (written == 1).all()
+
+
+@pytest.mark.parametrize("along", [1, 2])
+@pytest.mark.parametrize("operation", MODULES)
+def test_rounding(operation, along):
+    """Normal data: within twice the rounding of a direct sum, as test_lowerings.test_rounding_of_normal_data argues."""
+    rng = np.random.default_rng([3, along])
+    axes = Axis(8, 8, 3, 1, 1, 1), Axis(7, 14, 4, 2, 1, 1), Axis(6, 11, 3, 2, 1, 1)
+    problem = Problem(operation, 1, 48, 48, axes, np.dtype(np.float32), "NDHWC")
+    first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
+    exact = relation.result(problem, first, second)
+    most = relation.result(problem, np.abs(first), np.abs(second))
+    terms = relation.result(problem, np.ones_like(first), np.ones_like(second))
+    for schedule in MODULES[operation].candidates(problem, MACHINE)[::7]:
+        if len(schedule.along) == along:
+            error = np.abs(run(plan_of(problem, schedule), first, second) - exact)
+            assert (error <= 2 * np.sqrt(terms) * UNIT * most).all()
+            assert np.sqrt(np.mean((error / most) ** 2)) <= UNIT
+
+
+@pytest.mark.parametrize("operation", MODULES)
+def test_what_is_not_finite_is_left_to_another_lowering(operation):
+    """Inf, NaN, and sums that overflow in between only."""
+    rng = np.random.default_rng(4)
+    for _ in range(12):
+        problem = drawn_problem(rng, operation)
+        found = MODULES[operation].candidates(problem, MACHINE)
+        if not found:
+            continue
+        plan = plan_of(problem, found[rng.integers(len(found))])
+        for bad in (np.inf, -np.inf, np.nan, np.finfo(np.float32).max):
+            first, second, _ = operands(rng, problem, largest=2, biased=False)
+            both = np.isinf(bad) or np.isnan(bad)
+            for array in (first, second)[: 1 + both * rng.integers(2)]:
+                array[tuple(rng.integers(array.shape))] = bad
+            if not both:
+                second = np.sign(second)  # so that no product overflows, but sums of taps times it do
+            with told(problem, plan.schedule, bad), np.errstate(all="ignore"):
+                check_cells(run(plan, first, second), rounded(relation.result(problem, first, second), "float32"))
+
+
+def test_zeros_are_positive():
+    """Products that underflow to -0.0 give +0.0, with and without a bias of zeros."""
+    for operation, module in MODULES.items():
+        problem = Problem(operation, 1, 16, 16, (AXES[0], AXES[1], AXES[0]), np.dtype(np.float32), "NDHWC")
+        shapes = relation.shapes(problem)
+        first, second = np.full(shapes[0], 1e-30, np.float32), np.full(shapes[1], -1e-30, np.float32)
+        for schedule in module.candidates(problem, MACHINE)[::5]:
+            for bias in (None, np.zeros(16, np.float32)):
+                y = run(plan_of(problem, schedule), first, second, bias)
+                assert not np.signbit(y).any()
+                assert (y == 0).all()
+                assert math.prod(y.shape) == math.prod(shapes[2])
