@@ -237,7 +237,9 @@ class Plan:
         w = arrays.operand(name, "filter", filter, self.dtype)
         self._check(name, "filter", w, self.problem.operand_shapes[1])
         kept = arrays.converted(w, self.problem.dtype).copy()
-        return Prepared(self, kept, None if self.schedule is None else running.pack(self.schedule, self.problem, kept))
+        return Prepared(
+            self, kept, None if self.schedule is None else running.pack(self.schedule, self.problem, kept, self.workers)
+        )
 
     def part(self, box: Any) -> Part:
         """Take a box of the result by itself: what it needs of the operands, and how it is computed from that alone.

@@ -12,7 +12,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +21,13 @@ from gemmconv import profile, threads
 from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
-from gemmconv.lowerings.base import Steps, is_finite, order, steps_of
+from gemmconv.lowerings.base import PackedInParts, Steps, is_finite, order, steps_of
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 
 Progress = Callable[[int, int], None]
+# A packed filter that is large enough for several workers: handing it to them takes about 0.1 ms.
+_LARGE_FILTER = 1 << 21
 
 # No lock: single operations on a dict and a deque are atomic, so a fork or an interrupt cannot leave one behind.
 _idle: dict[np.dtype[Any], deque[Workspace]] = {}
@@ -48,7 +50,7 @@ class Packed(NamedTuple):
     usable: bool
 
 
-def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
+def pack(schedule: Schedule, problem: Problem, second: Array, workers: int) -> Packed:
     """Bring a filter into the order that a schedule wants; the coarse operand of a gradient stays as it is."""
     of = schedule.problem
     values = np.empty((of.groups, schedule.packed_values), problem.compute_dtype)
@@ -61,12 +63,21 @@ def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
     with np.errstate(all="ignore"):
         if schedule.packed_values:
             for group, to in enumerate(values):
-                schedule.pack(of_group(of, "filter", second, group), to)
+                filter = of_group(of, "filter", second, group)
+                if workers > 1 and to.nbytes >= _LARGE_FILTER and isinstance(schedule, PackedInParts):
+                    pack_part = partial(_pack_part, schedule, filter, to, workers)
+                    threads.run(pack_part, workers, workers, limit_blas=False)
+                else:
+                    schedule.pack(filter, to)
         # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
         looked_at = values if values.size else second
         adds_zeros = schedule.wants_finite_filter or adds_groups(schedule, problem)
         usable = not adds_zeros or is_finite(looked_at)
     return Packed(second, values, usable)
+
+
+def _pack_part(schedule: PackedInParts, filter: Array, packed: Array, parts: int, part: int, _: int) -> None:
+    schedule.pack_part(filter, packed, part, parts)
 
 
 def adds_groups(schedule: Schedule, problem: Problem) -> bool:
@@ -121,13 +132,13 @@ def run(
     looking = profile.current()
     pack_s = time.perf_counter()
     if packed is None:
-        packed = pack(schedule, problem, second)
+        packed = pack(schedule, problem, second, workers)
     adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
     if not packed.usable or (adds_zeros and not is_finite(first)):
         if excerpt is not None:
             raise NotFiniteError
         schedule = _complete(problem, machine)
-        packed = pack(schedule, problem, second)
+        packed = pack(schedule, problem, second, workers)
     pack_s = time.perf_counter() - pack_s
     wholes = [first, packed.second, result]
     along = order(schedule.problem.axes)

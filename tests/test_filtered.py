@@ -14,7 +14,8 @@ from oracle import integers, rounded, same_bits
 from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F401  the first is a fixture
 from test_relation import LAYOUTS, ONE, operands, run
 
-from gemmconv.lowerings import base, filtered, filtered_conv, products
+from gemmconv import running
+from gemmconv.lowerings import base, by_taps, filtered, filtered_conv, products
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -41,8 +42,12 @@ AXES = [
 
 @pytest.fixture(params=[6000, 1_000_000])
 def _small(request, monkeypatch):
-    """Set the largest product that BLAS is said not to pack: rows are in one piece, or in several and what is left."""
+    """Set the largest product that BLAS is said not to pack: rows are in one piece, or in several and what is left.
+
+    Filters are packed by all workers, however small.
+    """
     monkeypatch.setattr(products, "small_products", lambda: request.param)
+    monkeypatch.setattr(running, "_LARGE_FILTER", 0)
     products.tile.cache_clear()
     yield
     products.tile.cache_clear()
@@ -117,6 +122,31 @@ def test_blocks_write_what_their_digits_say(operation):
                 assert here.sum() == here[tuple(box)].sum()
             written += here
         assert (written == 1).all()
+
+
+@pytest.mark.parametrize("operation", [*MODULES, "by_taps"])
+def test_a_filter_is_packed_in_parts(operation, monkeypatch):
+    """As many as there are tiles, fewer, and more: together they write what the whole is, each value once."""
+    monkeypatch.setattr(by_taps, "best", lambda found, _: next(s for s in found if s.turned))
+    rng = np.random.default_rng([5, *map(ord, operation)])
+    for channels in (16, 64, 192):
+        of = "conv3d_transpose" if operation == "by_taps" else operation
+        problem = Problem(of, 1, channels, channels, AXES[:3], np.dtype(np.float32), "NDHWC")
+        found = [by_taps.schedule(problem, MACHINE)] if of != operation else MODULES[of].candidates(problem, MACHINE)
+        filter = rng.standard_normal(problem.filter_shape, np.float32)
+        for schedule in found[::11]:
+            whole = np.full(schedule.packed_values, np.nan, np.float32)
+            schedule.pack(filter, whole)
+            assert not np.isnan(whole).any()
+            for parts in (2, 3, 5):
+                together, times = np.full_like(whole, np.nan), np.zeros(whole.shape, int)
+                for part in rng.permutation(parts):
+                    alone = np.full_like(whole, np.nan)
+                    schedule.pack_part(filter, alone, int(part), parts)
+                    times += ~np.isnan(alone)
+                    together = np.where(np.isnan(alone), together, alone)
+                assert (times == 1).all()
+                assert same_bits(together, whole)
 
 
 @pytest.mark.parametrize("along", [1, 2])

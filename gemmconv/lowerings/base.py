@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -170,6 +170,14 @@ class Schedule(Protocol):
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of the output."""
+
+
+@runtime_checkable
+class PackedInParts(Protocol):
+    """A schedule whose filter several workers can pack at once."""
+
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+        """Do one of so many parts of what `pack` does."""
 
 
 class AsItLies:

@@ -119,7 +119,11 @@ class ByTaps(AsItLies):
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Turn the filter."""
-        turn(filter, packed, self.turned)
+        self.pack_part(filter, packed, 0, 1)
+
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+        """Turn some tiles of the filter."""
+        turn(filter, packed, self.turned, part, parts)
 
     @property
     def whole_behind(self) -> int:

@@ -180,10 +180,12 @@ def few_rows(problem: Problem) -> bool:
     )
 
 
-def turn(filter: Array, packed: Array, columns: int) -> None:
-    """Turn a filter to tiles of so many of its rows, [tile, cin, row]."""
+def turn(filter: Array, packed: Array, columns: int, part: int, parts: int) -> None:
+    """Turn part of a filter to tiles of so many of its rows, [tile, cin, row]."""
     cin = filter.shape[-1]
-    np.copyto(packed.reshape(-1, cin, columns), filter.reshape(-1, columns, cin).swapaxes(1, 2))
+    tiles = filter.size // (columns * cin)
+    mine = slice(tiles * part // parts, tiles * (part + 1) // parts)
+    np.copyto(packed.reshape(-1, cin, columns)[mine], filter.reshape(-1, columns, cin)[mine].swapaxes(1, 2))
 
 
 def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int = 0) -> list[int]:

@@ -246,22 +246,29 @@ class Filtered:
         return self.count * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
 
     def pack(self, filter: Array, packed: Array) -> None:
+        """Pack the whole filter."""
+        self.pack_part(filter, packed, 0, 1)
+
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Turn taps to tiles, combine them along both axes, and lay them out: lines, points, taps, [tile, cin, ...]."""
         problem, kernel = self.problem, [axis.kernel for axis in self.axes]
         tiles = problem.cout // self.columns
         taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), tiles, self.columns, problem.cin)
         taps = taps.transpose(*self.order, 4, 6, 5)
-        tile = tiles, problem.cin, self.columns
+        every = list(product(*map(range, kernel[:2])))
+        mine, of_others = share(tiles, len(every), part, parts)
+        tile = mine.stop - mine.start, problem.cin, self.columns
         turned = np.empty((*kernel[2:], *tile), packed.dtype)
-        parts = self._packed(packed)
-        for i, j in product(*map(range, kernel[:2])):
-            np.copyto(turned, taps[i, j], casting="unsafe")
+        arrays = self._packed(packed)
+        for i, j in every[of_others]:
+            np.copyto(turned, taps[i, j, :, :, mine], casting="unsafe")
             at = 0
             for first in self.lines[0]:
                 along_a = np.empty((first.filters, kernel[3], *tile), packed.dtype)
                 combine_taps([turned[tap] for tap in first.taps], along_a)
                 for second in self.lines[1]:
-                    combine_taps([along_a[:, tap] for tap in second.taps], parts[at][:, :, i, j].swapaxes(0, 1))
+                    to = arrays[at][:, :, i, j, mine].swapaxes(0, 1)
+                    combine_taps([along_a[:, tap] for tap in second.taps], to)
                     at += 1
 
     def _packed(self, packed: Array) -> list[Array]:
@@ -443,6 +450,13 @@ def results_of(sums: Array, first: Line, second: Line, start: Array | int) -> Ar
 
 def _most(lines: Sequence[Line]) -> int:
     return max(line.points for line in lines)
+
+
+def share(tiles: int, others: int, part: int, parts: int) -> tuple[slice, slice]:
+    """Return the tiles and the others of a part: some of the tiles, or where there are few some of the others."""
+    if tiles >= parts:
+        return slice(tiles * part // parts, tiles * (part + 1) // parts), slice(None)
+    return slice(0, tiles), slice(part, others, parts)
 
 
 def tile_size(line: Line) -> int:

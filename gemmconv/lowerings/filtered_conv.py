@@ -43,6 +43,7 @@ from gemmconv.lowerings.filtered import (
     cuts_of,
     order_of,
     results_of,
+    share,
     strands,
     tile_size,
 )
@@ -225,20 +226,27 @@ class FilteredConv:
         return self.count * (total + steps * STEP_S) + packing
 
     def pack(self, filter: Array, packed: Array) -> None:
+        """Pack the whole filter."""
+        self.pack_part(filter, packed, 0, 1)
+
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Combine taps along both filtered axes, and lay them out as `_packed` says."""
         problem = self.problem
         tiles = problem.cin // self.columns
         taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), problem.cout, tiles, self.columns)
         taps = taps.transpose(*self.order, 5, 4, 6)
-        for family, to in zip(self.families, self._packed(packed), strict=True):
-            for number, lines in enumerate(product(*family)):
-                u, v, a, b = lines
-                part = slice(number * problem.cout, (number + 1) * problem.cout)
-                for (i, tap_u), (j, tap_v) in product(enumerate(u.taps), enumerate(v.taps)):
-                    of_tap = taps[tap_u, tap_v]
-                    along_a = np.empty((a.filters, *of_tap.shape[1:]), packed.dtype)
-                    combine_taps([of_tap[tap] for tap in a.taps], along_a)
-                    combine_taps([along_a[:, tap] for tap in b.taps], to[:, :, i, j, :, part].swapaxes(0, 1))
+        every = [
+            (to[:, :, i, j, :, number * problem.cout : (number + 1) * problem.cout], lines, taps[tap_u, tap_v])
+            for family, to in zip(self.families, self._packed(packed), strict=True)
+            for number, lines in enumerate(product(*family))
+            for (i, tap_u), (j, tap_v) in product(enumerate(lines[0].taps), enumerate(lines[1].taps))
+        ]
+        mine, of_others = share(tiles, len(every), part, parts)
+        for to, (*_, a, b), of_tap in every[of_others]:
+            of_tiles = of_tap[:, :, mine]
+            along_a = np.empty((a.filters, *of_tiles.shape[1:]), packed.dtype)
+            combine_taps([of_tiles[tap] for tap in a.taps], along_a)
+            combine_taps([along_a[:, tap] for tap in b.taps], to[:, :, mine].swapaxes(0, 1))
 
     def _packed(self, packed: Array) -> list[Array]:
         """Return the packed filter of each family: [point, point, tap, tap, tile, phase and cout, column]."""
