@@ -243,7 +243,7 @@ class Filtered:
                 steps += 2 * n + sum(passes) + strands + 1
         total += steps * STEP_S
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
-        return self.count * total + filter * TURNED_VALUE_S + copy_s(2 * self.packed_values, problem.cin, spilled=True)
+        return self.count * total + filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Pack the whole filter."""
