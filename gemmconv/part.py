@@ -174,7 +174,8 @@ class Part:
         spans = dict(enumerate(window))
         for at, i in enumerate(order(schedule.problem.axes), 1):
             start, stop = window[1 + i]
-            size, more = sizes[1 + i], problem.axes[i].stride if role == "fine" else 1
+            size = sizes[1 + i]
+            more = schedule.reads_beyond * (problem.axes[i].stride if role == "fine" else 1)
             whole = at > schedule.whole_behind or self._box[1 + i] == (0, result[1 + i]) or start == stop
             spans[1 + i] = (0, size) if whole else (max(0, start - more), min(size, stop + more))
         groups = schedule.problem.groups

@@ -124,6 +124,36 @@ def test_blocks_write_what_their_digits_say(operation):
         assert (written == 1).all()
 
 
+@pytest.mark.parametrize("operation", MODULES)
+def test_blocks_read_what_a_parts_window_holds(operation):
+    """Single blocks as parts, of axes with rows far apart too: no row beyond the window is read."""
+    rng = np.random.default_rng([6, *map(ord, operation)])
+    looked_at = 0
+    while looked_at < 40:
+        problem = drawn_problem(rng, operation)
+        found = [s for s in MODULES[operation].candidates(problem, MACHINE) if s.count > 1]
+        if not found:
+            continue
+        schedule = found[rng.integers(len(found))]
+        looked_at += 1
+        plan = plan_of(problem, schedule)
+        along = (0, *(1 + i for i in base.order(problem.axes)), 4)
+        for index, values in enumerate(itertools.product(*schedule.digits)):
+            box = [(0, size) for size in plan.output_shape]
+            for axis, span in itertools.chain(*values):
+                box[along[axis]] = span
+            if any(start >= stop for start, stop in box):
+                continue
+            window = plan.part(box).windows[0]
+            fills = schedule._program(index).fills
+            for _, source in fills if operation == "conv3d_transpose" else itertools.chain(*fills):
+                for axis, of_axis in zip(schedule.order, source, strict=True):
+                    held = window[along[axis]]
+                    with told(schedule, index, axis):
+                        assert held.start <= of_axis.start
+                        assert of_axis.stop <= held.stop
+
+
 @pytest.mark.parametrize("operation", [*MODULES, "by_taps"])
 def test_a_filter_is_packed_in_parts(operation, monkeypatch):
     """As many as there are tiles, fewer, and more: together they write what the whole is, each value once."""

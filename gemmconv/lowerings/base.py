@@ -136,6 +136,10 @@ class Schedule(Protocol):
         """
 
     @property
+    def reads_beyond(self) -> int:
+        """How many rows of the first operand, or strides, a block may read beyond those that its taps reach."""
+
+    @property
     def workspace_bytes(self) -> int:
         """What one worker needs."""
 
@@ -186,6 +190,7 @@ class AsItLies:
     __slots__ = ()
     wants_finite_filter = False
     wants_finite_value = False
+    reads_beyond = 1
 
     @property
     def packed_values(self) -> int:

@@ -61,6 +61,7 @@ class Correlate:
     wants_finite_filter = True
     wants_finite_value = True
     whole_behind = 0  # every row is read
+    reads_beyond = 0
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Do nothing."""

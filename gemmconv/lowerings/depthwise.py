@@ -65,6 +65,7 @@ class Depthwise:
 
     wants_finite_filter = True
     whole_behind = 3
+    reads_beyond = 1
     wants_finite_value = False
     largest_product = 0
 

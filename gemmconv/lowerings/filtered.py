@@ -11,7 +11,7 @@ another lowering, as in winograd.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations, product
@@ -43,7 +43,7 @@ from gemmconv.lowerings.cost import (
     pass_s,
     unpacked_s,
 )
-from gemmconv.lowerings.minimal import Line, combine_rows, combine_sums, combine_taps, lines_of
+from gemmconv.lowerings.minimal import RESULTS, Line, combine_rows, combine_sums, combine_taps, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
 from gemmconv.lowerings.products import LARGEST, multiply_tiles, tile_columns, unpacked
 from gemmconv.machine import Machine
@@ -132,6 +132,10 @@ class Filtered:
     wants_finite_value = False
     whole_behind = 3
     largest_product = LARGEST
+
+    @property
+    def reads_beyond(self) -> int:
+        return beyond(self.lines[0] + self.lines[1])
 
     @property
     def count(self) -> int:
@@ -457,6 +461,11 @@ def share(tiles: int, others: int, part: int, parts: int) -> tuple[slice, slice]
     if tiles >= parts:
         return slice(tiles * part // parts, tiles * (part + 1) // parts), slice(None)
     return slice(0, tiles), slice(part, others, parts)
+
+
+def beyond(lines: Iterable[Line]) -> int:
+    """Return how many rows cells may have that no result needs: the rest of a last tile, and of a last pair of rows."""
+    return max((RESULTS + 1) * line.apart - 1 for line in lines)
 
 
 def tile_size(line: Line) -> int:

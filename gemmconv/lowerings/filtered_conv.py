@@ -39,6 +39,7 @@ from gemmconv.lowerings.filtered import (
     STEP_S,
     WIDE,
     Strand,
+    beyond,
     combined,
     cuts_of,
     order_of,
@@ -117,6 +118,10 @@ class FilteredConv:
     wants_finite_value = False
     whole_behind = 3
     largest_product = LARGEST
+
+    @property
+    def reads_beyond(self) -> int:
+        return beyond(line for family in self.families for lines in family[2:] for line in lines)
 
     @property
     def count(self) -> int:

@@ -83,6 +83,7 @@ class Gather:
         return [batch, digit(1, self.cuts[0]), digit(2, self.cuts[1]), digit(4, self.channels)]
 
     whole_behind = 3
+    reads_beyond = 1
     wants_finite_value = False
 
     def block(self, index: int) -> tuple[int, Range, Range, Range]:

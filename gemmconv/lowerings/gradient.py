@@ -76,6 +76,7 @@ class Gradient:
         return [[tuple(enumerate(box)) for box in self.taps], digit(4, self.channels)]
 
     whole_behind = 0  # every row is read
+    reads_beyond = 0
     wants_finite_value = False
 
     def block(self, index: int) -> tuple[Taps, Range]:

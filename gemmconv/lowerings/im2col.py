@@ -93,6 +93,7 @@ class Im2Col:
         return [*(digit(i, cut) for i, cut in enumerate(self.cuts)), digit(4, self.channels)]
 
     whole_behind = 3
+    reads_beyond = 1
     wants_finite_value = False
 
     def block(self, index: int) -> Block:

@@ -101,6 +101,7 @@ class Kn2Row:
         return [digit(0, each(self.problem.batch)), depth, height, width, groups, digit(4, self.channels)]
 
     whole_behind = 3
+    reads_beyond = 1
     wants_finite_value = False
 
     def block(self, index: int) -> Block:

@@ -118,6 +118,7 @@ class Winograd:
         return [*found, lines, digit(4, self.inner.channels)]
 
     whole_behind = 3
+    reads_beyond = 1
     wants_finite_value = False
 
     def block(self, index: int) -> Block:

@@ -96,6 +96,7 @@ class Paired:
     wants_finite_filter = True
     wants_finite_value = False
     whole_behind = 3
+    reads_beyond = 1
 
     @property
     def count(self) -> int:
