@@ -356,7 +356,7 @@ class Filtered:
             ((which_a, which_b, slice(None), slice(None), to_a, to_b), (*box, from_a, from_b))
             for (which_a, to_a, from_a), (which_b, to_b, from_b) in product(*along)
         ]
-        filled = (math.prod(cells[2:4]) * _length(to_a) * _length(to_b) for (*_, to_a, to_b), _ in fills)
+        filled = (math.prod(cells[2:4]) * length_of(to_a) * length_of(to_b) for (*_, to_a, to_b), _ in fills)
         padded = sum(filled) < math.prod(cells[:6])
         region = None
         if self.gaps:
@@ -385,12 +385,10 @@ class Filtered:
             ]
             if any(start >= stop for start, stop in lands):
                 continue
-            taken = tuple(slice(p - at, r - at) for (p, r), (at, _) in zip(lands, rows, strict=True))
-            shifts = shift_u, shift_v
-            cells = tuple(
-                slice(p + s - span[0], r + s - span[0]) for (p, r), s, span in zip(lands, shifts, q, strict=True)
-            )
-            tap = Tap((tap_u, tap_v), taken, cells)  # type: ignore[arg-type]
+            taken_u, taken_v = (slice(p - at, r - at) for (p, r), (at, _) in zip(lands, rows, strict=True))
+            begins = shift_u - q[0][0], shift_v - q[1][0]
+            cells_u, cells_v = (slice(p + at, r + at) for (p, r), at in zip(lands, begins, strict=True))
+            tap = Tap((tap_u, tap_v), (taken_u, taken_v), (cells_u, cells_v))
             if not whole and all(r - p == size for (p, r), size in zip(lands, sizes, strict=True)):
                 whole = True
                 taps.insert(0, tap)
@@ -502,7 +500,7 @@ def _rows_of(axis: Axis, of_axis: Sequence[Phase], q: Range) -> Range:
     return start, max(start, min(axis.coarse, q[1] - min(shifts)))
 
 
-def _length(of: slice) -> int:
+def length_of(of: slice) -> int:
     return len(range(of.start, of.stop, of.step))
 
 
@@ -586,7 +584,7 @@ def cuts_of(positions: Sequence[int], units: Sequence[int]) -> Iterator[tuple[Cu
             whole = -(-counts[i] // pieces) if i == 3 else counts[i]
             chunks[i] = min(whole, max(1, left // units[i]))
             left //= chunks[i] * units[i]
-        cuts = tuple(Cut(count, chunk) for count, chunk in zip(counts, chunks, strict=True))
-        if cuts not in seen:
-            seen.add(cuts)
-            yield cuts  # type: ignore[misc]
+        u, v, a, b = (Cut(count, chunk) for count, chunk in zip(counts, chunks, strict=True))
+        if (u, v, a, b) not in seen:
+            seen.add((u, v, a, b))
+            yield u, v, a, b

@@ -42,6 +42,7 @@ from gemmconv.lowerings.filtered import (
     beyond,
     combined,
     cuts_of,
+    length_of,
     order_of,
     results_of,
     share,
@@ -98,6 +99,7 @@ class Program(NamedTuple):
 
     sums: tuple[int, ...]
     shapes: list[list[tuple[int, ...]]]  # of each family: cells, and rows combined along one axis and both
+    padded: list[bool]  # whether the cells of each family reach beyond the value
     fills: list[list[tuple[Index, Index]]]  # of each family, of its cells and of the value
     stores: list[tuple[Index, Index]]  # of the results, of the output
 
@@ -279,7 +281,7 @@ class FilteredConv:
         places = program.sums[4:6]
         for number, (family, filter) in enumerate(zip(self.families, self._packed(operands.packed), strict=True)):
             cells = memory[0][: math.prod(program.shapes[number][0])].reshape(program.shapes[number][0])
-            if _padded(cells, program.fills[number]):
+            if program.padded[number]:
                 cells[...] = 0
             for to, source in program.fills[number]:
                 copy(cells[to], value[source])
@@ -329,7 +331,10 @@ class FilteredConv:
             ((which_a, which_b, every, every, from_a, from_b), (*box, to_a, to_b))
             for (which_a, from_a, to_a), (which_b, from_b, to_b) in product(*of_axes)
         ]
-        return Program(self._sums(sizes), shapes, fills, stores)
+        filled = [sum(math.prod(map(length_of, to[2:6])) for to, _ in of_family) for of_family in fills]
+        places = [math.prod(shape[0][:6]) * family.size for shape, family in zip(shapes, self.families, strict=True)]
+        padded = [some < all_of for some, all_of in zip(filled, places, strict=True)]
+        return Program(self._sums(sizes), shapes, padded, fills, stores)
 
     def _fills(self, block: Block, family: Family, cells: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
         """Yield which of the cells of a family are filled, and from where in the value."""
@@ -367,11 +372,6 @@ def _multiply(family: Family, rows: Array, filter: Array, sums: Array, found: Ar
 def _filters(family: Family) -> tuple[int, int]:
     """Return how many filters the points have along both filtered axes."""
     return family.a[0].filters, family.b[0].filters
-
-
-def _padded(cells: Array, fills: list[tuple[Index, Index]]) -> bool:
-    """Whether cells reach beyond the value."""
-    return sum(cells[to].size for to, _ in fills) < cells.size
 
 
 def _taken(axis: Axis, line: Line, start: int, length: int) -> Iterator[Strand]:

@@ -25,7 +25,7 @@ from gemmconv.lowerings.phases import phases
 from gemmconv.problem import Axis
 
 RESULTS = 2
-MOST_TAPS = 3
+_MOST_TAPS = 3
 
 
 class Line(NamedTuple):
@@ -35,7 +35,7 @@ class Line(NamedTuple):
     taps: tuple[int, ...]
     first: int  # the row that the first tap needs for q = 0
     apart: int = 1  # from the row of one tap to the row of the next
-    results: int = RESULTS  # that are formed together: one along an axis that is a single point
+    results: int = RESULTS  # that are formed together: one along an axis that is not filtered
 
     @property
     def points(self) -> int:
@@ -47,7 +47,7 @@ class Line(NamedTuple):
         return self.points if len(self.taps) > 1 else 1
 
 
-def lines_of(axis: Axis, *, gathers: bool = False, most: int = MOST_TAPS, results: int = RESULTS) -> tuple[Line, ...]:
+def lines_of(axis: Axis, *, gathers: bool = False, most: int = _MOST_TAPS, results: int = RESULTS) -> tuple[Line, ...]:
     """Return the taps of every phase of an axis, or nothing where minimal filtering does not fit them or gains nothing.
 
     Taps of all phases are as far apart. With `gathers` the rows are those that a convolution takes.
