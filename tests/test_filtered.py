@@ -160,8 +160,8 @@ def test_single_blocks_as_parts(operation):
             if index < 3:
                 assert part.on_blocks
                 assert same_bits(part(first[window], second[part.windows[1]]), whole[part.box])
-            fills = schedule._program(index).fills
-            for _, source in fills if operation == "conv3d_transpose" else itertools.chain(*fills):
+            sources = schedule._program(index).sources
+            for source in sources:
                 for axis, of_axis in zip(schedule.order, source, strict=True):
                     held = window[along[axis]]
                     with told(schedule, index, axis):

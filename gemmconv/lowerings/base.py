@@ -30,6 +30,8 @@ T = TypeVar("T")
 _ALIGNMENT = 64
 # Bytes of a run that NumPy copies faster as one item.
 _SHORT_BYTES = 512
+# Of how many keys a workspace keeps views.
+_MOST_VIEWS = 64
 
 
 def aligned(size: int) -> int:
@@ -45,6 +47,7 @@ class Workspace:
         self._memory = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
         self.used = 0
         self._kept: tuple[Operands, Any, int] | None = None
+        self._views: dict[int, tuple[object, Any]] = {}
         self.size = size
         self.gemm = Gemm(dtype)
         self.clock: Clock | None = None
@@ -61,6 +64,20 @@ class Workspace:
             self._kept = operands, made, self.used
         _, found, self.used = self._kept
         return found
+
+    def views(self, key: object, make: Callable[[], T]) -> T:
+        """Return what `make` makes of an empty workspace for a key: views of it alone, which later calls use too.
+
+        Making them takes longer than many a step does.
+        """
+        of_key, found = self._views.get(id(key), (None, None))
+        if of_key is not key:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            self.reset()
+            found = make()
+            self._views[id(key)] = key, found
+        return found  # type: ignore[return-value]
 
     def release(self) -> None:
         """Forget the operands of the last call, which would stay alive."""
@@ -354,22 +371,23 @@ def is_finite(array: Array) -> bool:
 
 
 def copy(to: Array, source: Array) -> None:
-    """Copy values to another array of the same shape, perhaps of another dtype.
-
-    Short runs of values on the last axis are copied as items of their own size, which takes half the time: NumPy's
-    innermost loop is then along the axis before.
-    """
+    """Copy values to another array of the same shape, perhaps of another dtype, short runs of them as items."""
     size = source.shape[-1] * source.itemsize
-    short = (
-        source.ndim > 1
-        and source.shape == to.shape
-        and source.itemsize < size <= _SHORT_BYTES
-        and to.dtype == source.dtype
-    )
-    if short and to.strides[-1] == source.strides[-1] == source.itemsize:
+    short = source.ndim > 1 and source.shape == to.shape and source.itemsize < size and to.dtype == source.dtype
+    if short and size <= _SHORT_BYTES and to.strides[-1] == source.strides[-1] == source.itemsize:
         np.copyto(as_items(to, size), as_items(source, size))
     else:
         np.copyto(to, source, casting="unsafe")
+
+
+def item_size(problem: Problem, channels: int) -> int:
+    """Return the bytes of so many channels where they are copied faster as one item, else 0.
+
+    NumPy's innermost loop is then along the axis before.
+    """
+    size = channels * problem.dtype.itemsize
+    beside = problem.layout == "NDHWC" and problem.dtype == problem.compute_dtype
+    return size if beside and channels > 1 and size <= _SHORT_BYTES else 0
 
 
 def as_items(array: Array, size: int) -> Array:

@@ -29,10 +29,11 @@ from gemmconv.lowerings.base import (
     Range,
     Workspace,
     aligned,
+    as_items,
     canonical,
-    copy,
     digit,
     five,
+    item_size,
     store,
 )
 from gemmconv.lowerings.cost import (
@@ -45,7 +46,7 @@ from gemmconv.lowerings.cost import (
 )
 from gemmconv.lowerings.minimal import RESULTS, Line, combine_rows, combine_sums, combine_taps, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
-from gemmconv.lowerings.products import LARGEST, multiply_tiles, tile_columns, unpacked
+from gemmconv.lowerings.products import LARGEST, Tiled, tile_columns, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -78,6 +79,32 @@ class Block(NamedTuple):
     channels: Range
 
 
+# Rows of the tiles, and those of the points they are combined to.
+Rows = tuple[list[Array], list[Array]]
+
+
+class Combining:
+    """The sums of points [point, point, u, v, ...], which a call combines to results in place.
+
+    They begin with what is added to them: zero too, for its sign, since products that underflow give -0.0.
+    """
+
+    __slots__ = ("_begins", "_first", "_second", "results")
+
+    def __init__(self, sums: Array, first: Line, second: Line) -> None:
+        self._second = [*sums.swapaxes(0, 1)]
+        sums = sums[:, : second.results]
+        self._begins = sums[: first.results]  # those that others are added to
+        self._first = [*sums]
+        self.results = sums[: first.results]
+
+    def __call__(self, start: Array | int) -> Array:
+        combine_sums(self._second)
+        np.add(self._begins, start, self._begins)
+        combine_sums(self._first)
+        return self.results
+
+
 class Tap(NamedTuple):
     """A tap of the axes that are not filtered: which, its rows of each of them, and where they land."""
 
@@ -87,27 +114,51 @@ class Tap(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A phase of the axes that are not filtered: q of each, its taps, if the first reaches all, its fine positions."""
+    """A phase of the axes that are not filtered: q of each, its taps, and if the first reaches all."""
 
     sizes: tuple[int, int]
     taps: list[Tap]
     whole: bool
-    fine: tuple[slice, slice]
 
 
 # A run of places that are evenly apart: of the cells or results of an axis, the places, and the rows or fine positions.
 Strand = tuple[int, slice, slice]
 
 
-class Program(NamedTuple):
-    """What a block does."""
+class Layout(NamedTuple):
+    """What blocks of the same sizes do with a workspace."""
 
     shapes: list[tuple[int, ...]]
     padded: bool  # whether cells reach beyond the value
-    fills: list[tuple[Index, Index]]  # of the cells, of the value
-    region: Index | None  # of the output, where there are gaps
+    cells: list[Index]  # that are filled
     targets: list[Target]
-    stores: tuple[list[list[Strand]], list[list[Strand]]]  # of each line of both filtered axes
+    results: list[list[Index]]  # that are stored, of each pair of lines
+
+
+class Program(NamedTuple):
+    """What a block does."""
+
+    layout: Layout
+    sources: list[Index]  # of the value, for the cells that are filled
+    region: Index | None  # of the output, where there are gaps
+    stores: list[list[list[Index]]]  # in the output, of each pair of lines, target and result
+
+
+class TargetViews(NamedTuple):
+    """The arrays of one target and pair of lines."""
+
+    cleared: Array | None  # the sums, unless the first tap reaches all
+    taps: list[tuple[tuple[int, int], Tiled, tuple[Array, Array] | None]]
+    combines: Combining
+    stored: list[Array]
+
+
+class Views(NamedTuple):
+    """The arrays of a layout."""
+
+    cells: Array
+    filled: list[Array]
+    lines: list[tuple[list[Rows], list[TargetViews]]]  # of each pair of lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,56 +339,89 @@ class Filtered:
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
-        workspace.reset()
-        problem, axes, clock = self.problem, canonical(self.problem.axes), workspace.clock
-        block, program = self.block(index), self._program(index)
+        clock, block, program = workspace.clock, self.block(index), self._program(index)
+        views = workspace.views(program.layout, lambda: self._views(program.layout, workspace))
+        value, output, filters = workspace.once(operands, lambda: self._opened(operands))
+        output, start = output[..., slice(*block.channels)], operands.start(block.channels)
+        size = item_size(self.problem, block.channels[1] - block.channels[0])
+        if program.region is not None:
+            output[program.region] = start
+        if size:
+            output = as_items(output, size)
+        tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
+        if program.layout.padded:
+            views.cells[...] = 0
+        for to, source in zip(views.filled, program.sources, strict=True):
+            np.copyto(to, value[source], casting="unsafe")
+        for (rows, targets), filter, stores in zip(views.lines, filters, program.stores, strict=True):
+            for of_axis in rows:
+                combine_rows(*of_axis)
+            if clock:
+                clock("pack")
+            for target, places in zip(targets, stores, strict=True):
+                _multiply(target, filter, tiles)
+                if clock:
+                    clock("gemm")
+                results = target.combines(start)
+                if not np.isfinite(np.add.reduce(results, axis=None)):
+                    raise NotFiniteError
+                if clock:
+                    clock("col2im")
+                for to, found in zip(places, target.stored, strict=True):
+                    if size:
+                        np.copyto(output[to], found)
+                    else:
+                        store(output[to], found)
+                if clock:
+                    clock("store")
+
+    def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[list[Array]]]]:
+        """Return the value and the output with axes in order, and of each pair of lines the filter of every tap."""
+        problem, axes = self.problem, canonical(self.problem.axes)
         value = five(problem.layout, operands.value, problem.batch, [axis.coarse for axis in axes], problem.cin)
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
         value, output = (array.transpose(*self.order, 4) for array in (value, output))
-        output = output[..., slice(*block.channels)]
-        start = operands.start(block.channels)
-        if program.region is not None:
-            output[program.region] = start
-        filters = self._packed(operands.packed)
-        tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
-        cells, *arrays = (workspace.take(*shape) for shape in program.shapes)
+        size = item_size(problem, problem.cin)
+        taps = [range(axis.kernel) for axis in self.axes[:2]]
+        filters = [
+            [[filter[:, :, i, j, np.newaxis, :, np.newaxis] for j in taps[1]] for i in taps[0]]
+            for filter in self._packed(operands.packed)
+        ]
+        return as_items(value, size) if size else value, output, filters
+
+    def _views(self, layout: Layout, workspace: Workspace) -> Views:
+        cells, *arrays = (workspace.take(*shape) for shape in layout.shapes)
         along_a, along_b, sums, found = (array.reshape(-1) for array in arrays)
-        if program.padded:
-            cells[...] = 0
-        for to, source in program.fills:
-            copy(cells[to], value[source])
-        n_a, n_b = program.shapes[3][4:6]
+        places = layout.shapes[3][4:6]
+        lines = []
         for i, first in enumerate(self.lines[0]):
-            rows_a = combined(cells, self.lines[0], first, 0, n_a, along_a)
+            rows_a, of_a = combined(cells, self.lines[0], first, 0, places[0], along_a)
             for j, second in enumerate(self.lines[1]):
-                rows = combined(rows_a, self.lines[1], second, 1, n_b, along_b)
-                if clock:
-                    clock("pack")
-                filter = filters[i * len(self.lines[1]) + j][..., tiles, :, :]
-                for target in program.targets:
-                    shape = (first.points, second.points, *target.sizes, *program.shapes[3][4:])
+                rows, of_b = combined(rows_a, self.lines[1], second, 1, places[1], along_b)
+                targets = []
+                for target in layout.targets:
+                    shape = (first.points, second.points, *target.sizes, *layout.shapes[3][4:])
                     of_target = sums[: math.prod(shape)].reshape(shape)
-                    _multiply(rows, filter, target, of_target, found)
-                    if clock:
-                        clock("gemm")
-                    results = results_of(of_target, first, second, start)
-                    if not np.isfinite(np.add.reduce(results, axis=None)):
-                        raise NotFiniteError
-                    if clock:
-                        clock("col2im")
-                    for of_a, of_b in product(program.stores[0][i], program.stores[1][j]):
-                        (which_a, from_a, to_a), (which_b, from_b, to_b) = of_a, of_b
-                        store(output[*target.fine, to_a, to_b], results[which_a, which_b, :, :, from_a, from_b])
-                    if clock:
-                        clock("store")
+                    combines = Combining(of_target, first, second)
+                    taps = list(_taps(rows, target, of_target, found, self.columns))
+                    stored = [combines.results[at] for at in layout.results[i * len(self.lines[1]) + j]]
+                    size = item_size(self.problem, shape[-1])
+                    stored = [as_items(array, size) for array in stored] if size else stored
+                    targets.append(TargetViews(None if target.whole else of_target, taps, combines, stored))
+                lines.append(([*of_a, *of_b] if j == 0 else of_b, targets))
+        size = item_size(self.problem, self.problem.cin)
+        filled = [as_items(cells[at], size) if size else cells[at] for at in layout.cells]
+        return Views(cells, filled, lines)
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for schedules of few steps, where making it would take long."""
         program = self.programs.get(index)
         if program is None:
             program = self._made(self.block(index))
-            if sum(len(target.taps) for target in program.targets) * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
+            layout = program.layout
+            if sum(len(target.taps) for target in layout.targets) * self.count <= MOST_STEPS_KEPT:
+                same = (other.layout for other in self.programs.copy().values() if other.layout == layout)
+                self.programs[index] = program = program._replace(layout=next(same, layout))
         return program
 
     def _made(self, block: Block) -> Program:
@@ -351,12 +435,11 @@ class Filtered:
         cells = shapes[0]
         both = list(zip(self.axes[2:], self.lines, spans[2:], strict=True))
         along = [list(_fills(*of, length)) for of, length in zip(both, cells[4:6], strict=True)]
-        box = slice(*rows[0]), slice(*rows[1])
-        fills = [
-            ((which_a, which_b, slice(None), slice(None), to_a, to_b), (*box, from_a, from_b))
-            for (which_a, to_a, from_a), (which_b, to_b, from_b) in product(*along)
-        ]
-        filled = (math.prod(cells[2:4]) * length_of(to_a) * length_of(to_b) for (*_, to_a, to_b), _ in fills)
+        box, every = (slice(*rows[0]), slice(*rows[1])), slice(None)
+        fills = list(product(*along))
+        to = [(which_a, which_b, every, every, to_a, to_b) for (which_a, to_a, _), (which_b, to_b, _) in fills]
+        sources = [(*box, from_a, from_b) for (*_, from_a), (*_, from_b) in fills]
+        filled = (math.prod(cells[2:4]) * length_of(to_a) * length_of(to_b) for *_, to_a, to_b in to)
         padded = sum(filled) < math.prod(cells[:6])
         region = None
         if self.gaps:
@@ -364,13 +447,25 @@ class Filtered:
                 slice(*slots(axis, tiled=False).span(axis, (q[0] * unit, q[1] * unit)))
                 for axis, q, unit in zip(self.axes, spans, self.units, strict=True)
             )
-        found = [self._target(block, of_u, of_v, rows) for of_u, of_v in product(*self.phases)]
-        targets = [target for target in found if target is not None]
+        made = [self._target(block, of_u, of_v, rows) for of_u, of_v in product(*self.phases)]
+        targets = [target for target in made if target is not None]
         of_a, of_b = ([list(_stores(axis, line, tiles)) for line in lines] for axis, lines, tiles in both)
-        return Program([tuple(shape) for shape in shapes], padded, fills, region, targets, (of_a, of_b))
+        pairs = [list(product(*pair)) for pair in product(of_a, of_b)]
+        results = [
+            [(which_a, which_b, every, every, at_a, at_b) for (which_a, at_a, _), (which_b, at_b, _) in pair]
+            for pair in pairs
+        ]
+        stores = [[[(*fine, a, b) for (*_, a), (*_, b) in pair] for _, fine in targets] for pair in pairs]
+        layout = Layout([tuple(shape) for shape in shapes], padded, to, [target for target, _ in targets], results)
+        return Program(layout, sources, region, stores)
 
-    def _target(self, block: Block, of_u: Phase, of_v: Phase, rows: Sequence[Range]) -> Target | None:
-        """Return what is done for a phase of the axes that are not filtered, or None if it has no q in the block."""
+    def _target(
+        self, block: Block, of_u: Phase, of_v: Phase, rows: Sequence[Range]
+    ) -> tuple[Target, tuple[slice, slice]] | None:
+        """Return what is done for a phase of the axes that are not filtered, and its fine positions.
+
+        None if it has no q in the block.
+        """
         spans = block[:2]
         q = [(start, min(stop, phase.count)) for (start, stop), phase in zip(spans, (of_u, of_v), strict=True)]
         if any(start >= stop for start, stop in q):
@@ -398,56 +493,54 @@ class Filtered:
             slice(start * axis.stride + phase.offset, (stop - 1) * axis.stride + phase.offset + 1, axis.stride)
             for axis, phase, (start, stop) in zip(self.axes, (of_u, of_v), q, strict=False)
         )
-        return Target(sizes, taps, whole, (fine_u, fine_v))
+        return Target(sizes, taps, whole), (fine_u, fine_v)
 
 
-def combined(rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int, memory: Array) -> Array:
-    """Combine rows along one of the filtered axes to those of a line's points; rows of a single point are as they are.
+def combined(
+    rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int, memory: Array
+) -> tuple[Array, list[Rows]]:
+    """Return where rows of a line's points lie along one of the filtered axes, and what is combined to them.
 
-    They are [which, which, u, v, place, place, channel], and what is found [point, ...] along that axis.
+    Rows are [which, which, u, v, place, place, channel], and those of points [point, ...] along that axis. Those of a
+    single point are what they are combined of.
     """
     if line.results == 1:
-        return rows
+        return rows, []
     shape = [*rows.shape]
     shape[axis], shape[4 + axis] = line.points, n
     found = memory[: math.prod(shape)].reshape(shape)
     source, to = (x.transpose(_FIRST[axis]) for x in (rows, found))
     takes = (divmod(_behind(lines, line) + i, line.results) for i in range(line.points))
-    combine_rows([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])
-    return found
+    return found, [([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])]
 
 
-def _multiply(rows: Array, filter: Array, target: Target, sums: Array, found: Array) -> None:
-    """Form the sums of all points of a target."""
-    if not target.whole:
-        sums[...] = 0
+def _taps(
+    rows: Array, target: Target, sums: Array, found: Array, columns: int
+) -> Iterator[tuple[tuple[int, int], Tiled, tuple[Array, Array] | None]]:
+    """Yield each tap of a target, its product, and sums with what is added to them, if it is not formed there."""
     points, cin, channels = sums.shape[:2], rows.shape[-1], sums.shape[-1]
     for number, (tap, (u, v), cells) in enumerate(target.taps):
         taken = rows[:, :, u, v]
         # Where no line is cut the rows of all follow each other.
         lines = 1 if taken.shape[3] == rows.shape[3] else taken.shape[2]
         left = taken.reshape(*points, lines, -1, cin)
-        right = filter[:, :, *tap, np.newaxis]
         if number == 0 and target.whole:
-            multiply_tiles(left, right, sums.reshape(*points, lines, -1, channels))
+            yield tap, Tiled(left, columns, sums.reshape(*points, lines, -1, channels)), None
             continue
         shape = (*left.shape[:-1], channels)
         to, added = sums[:, :, *cells], found[: math.prod(shape)].reshape(shape)
-        multiply_tiles(left, right, added)
-        np.add(to, added.reshape(to.shape), out=to)
+        yield tap, Tiled(left, columns, added), (to, added.reshape(to.shape))
 
 
-def results_of(sums: Array, first: Line, second: Line, start: Array | int) -> Array:
-    """Combine the sums of the points to results, and add what they begin with: [result, result, u, v, ...].
-
-    Zero is added for its sign: products that underflow give -0.0.
-    """
-    combine_sums([*sums.swapaxes(0, 1)])
-    sums = sums[:, : second.results]
-    begins = sums[: first.results]  # those that others are added to
-    np.add(begins, start, out=begins)
-    combine_sums([*sums])
-    return sums[: first.results]
+def _multiply(target: TargetViews, filter: list[list[Array]], tiles: slice) -> None:
+    """Form the sums of all points of a target."""
+    if target.cleared is not None:
+        target.cleared[...] = 0
+    for (i, j), multiply, adds in target.taps:
+        multiply(filter[i][j][..., tiles, :, :, :])
+        if adds is not None:
+            to, added = adds
+            np.add(to, added, to)
 
 
 def _most(lines: Sequence[Line]) -> int:

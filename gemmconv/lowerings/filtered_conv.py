@@ -26,10 +26,11 @@ from gemmconv.lowerings.base import (
     Range,
     Workspace,
     aligned,
+    as_items,
     canonical,
-    copy,
     digit,
     five,
+    item_size,
     store,
 )
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, copy_s, pass_s, streamed_s, unpacked_s
@@ -38,20 +39,21 @@ from gemmconv.lowerings.filtered import (
     PARTS,
     STEP_S,
     WIDE,
+    Combining,
+    Rows,
     Strand,
     beyond,
     combined,
     cuts_of,
     length_of,
     order_of,
-    results_of,
     share,
     strands,
     tile_size,
 )
-from gemmconv.lowerings.minimal import Line, combine_taps, lines_of
+from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import phases
-from gemmconv.lowerings.products import LARGEST, multiply_tiles, tile_columns, unpacked
+from gemmconv.lowerings.products import LARGEST, Tiled, tile_columns, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -94,14 +96,39 @@ class Family(NamedTuple):
         return len(self.u[0].taps), len(self.v[0].taps)
 
 
-class Program(NamedTuple):
-    """What a block does."""
+class Layout(NamedTuple):
+    """What blocks of the same sizes do with a workspace."""
 
     sums: tuple[int, ...]
     shapes: list[list[tuple[int, ...]]]  # of each family: cells, and rows combined along one axis and both
     padded: list[bool]  # whether the cells of each family reach beyond the value
-    fills: list[list[tuple[Index, Index]]]  # of each family, of its cells and of the value
-    stores: list[tuple[Index, Index]]  # of the results, of the output
+    cells: list[list[Index]]  # of each family, that are filled
+    results: list[Index]  # that are stored
+
+
+class Program(NamedTuple):
+    """What a block does."""
+
+    layout: Layout
+    sources: list[Index]  # of the value, for the cells of all families
+    stores: list[Index]  # in the output, of the results
+
+
+class FamilyViews(NamedTuple):
+    """The arrays of a family."""
+
+    cleared: Array | None  # the cells, where they reach beyond the value
+    filled: list[Array]
+    rows: list[Rows]
+    taps: list[tuple[Tiled, tuple[Array, Array] | None]]
+
+
+class Views(NamedTuple):
+    """The arrays of a layout."""
+
+    families: list[FamilyViews]
+    combines: Combining
+    stored: list[Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,51 +294,91 @@ class FilteredConv:
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
-        workspace.reset()
-        problem, axes, clock = self.problem, canonical(self.problem.axes), workspace.clock
-        block, program = self.block(index), self._program(index)
-        value = five(problem.layout, operands.value, problem.batch, [axis.fine for axis in axes], problem.cout)
-        output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in axes], problem.cin)
-        value, output = (array.transpose(*self.order, 4) for array in (value, output))
-        output = output[..., slice(*block.channels)]
+        clock, block, program = workspace.clock, self.block(index), self._program(index)
+        views = workspace.views(program.layout, lambda: self._views(program.layout, workspace))
+        value, output, filters = workspace.once(operands, lambda: self._opened(operands))
+        output, start = output[..., slice(*block.channels)], operands.start(block.channels)
         tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
-        sums = workspace.take(*program.sums)
-        memory = [workspace.take(max(map(math.prod, shapes))) for shapes in zip(*program.shapes, strict=True)]
-        found = workspace.take(sums.size)
-        places = program.sums[4:6]
-        for number, (family, filter) in enumerate(zip(self.families, self._packed(operands.packed), strict=True)):
-            cells = memory[0][: math.prod(program.shapes[number][0])].reshape(program.shapes[number][0])
-            if program.padded[number]:
-                cells[...] = 0
-            for to, source in program.fills[number]:
-                copy(cells[to], value[source])
-            rows = cells
-            for axis, (line, *_) in enumerate(family[2:]):
-                rows = combined(rows, (line,), line, axis, places[axis], memory[1 + axis])
+        sources = iter(program.sources)
+        for family, filter in zip(views.families, filters, strict=True):
+            if family.cleared is not None:
+                family.cleared[...] = 0
+            for to, source in zip(family.filled, sources, strict=False):
+                np.copyto(to, value[source], casting="unsafe")
+            for of_axis in family.rows:
+                combine_rows(*of_axis)
             if clock:
                 clock("pack")
-            of_family = sums[: family.points[0], : family.points[1]]
-            _multiply(family, rows, filter[..., tiles, :, :], of_family, found, adds=number > 0)
+            for (multiply, adds), tap in zip(family.taps, filter, strict=True):
+                multiply(tap[..., tiles, :, :, :])
+                if adds is not None:
+                    to, added = adds
+                    np.add(to, added, to)
             if clock:
                 clock("gemm")
-        first = self.families[0]
-        results = results_of(sums, first.a[0], first.b[0], operands.start(block.channels))
+        results = views.combines(start)
         if not np.isfinite(np.add.reduce(results, axis=None)):
             raise NotFiniteError
         if clock:
             clock("col2im")
-        for source, target in program.stores:
-            store(output[target], results[source])
+        size = item_size(self.problem, block.channels[1] - block.channels[0])
+        output = as_items(output, size) if size else output
+        for place, found in zip(program.stores, views.stored, strict=True):
+            if size:
+                np.copyto(output[place], found)
+            else:
+                store(output[place], found)
         if clock:
             clock("store")
+
+    def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[Array]]]:
+        """Return the value and the output with axes in order, and of each family the filter of every tap."""
+        problem, axes = self.problem, canonical(self.problem.axes)
+        value = five(problem.layout, operands.value, problem.batch, [axis.fine for axis in axes], problem.cout)
+        output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in axes], problem.cin)
+        value, output = (array.transpose(*self.order, 4) for array in (value, output))
+        size = item_size(problem, problem.cout)
+        filters = [
+            [filter[:, :, i, j, np.newaxis, :, np.newaxis] for i, j in product(*map(range, family.taps))]
+            for family, filter in zip(self.families, self._packed(operands.packed), strict=True)
+        ]
+        return as_items(value, size) if size else value, output, filters
+
+    def _views(self, layout: Layout, workspace: Workspace) -> Views:
+        sums = workspace.take(*layout.sums)
+        memory = [workspace.take(max(map(math.prod, shapes))) for shapes in zip(*layout.shapes, strict=True)]
+        found = workspace.take(sums.size)
+        size = item_size(self.problem, self.problem.cout)
+        families = []
+        for number, family in enumerate(self.families):
+            shape = layout.shapes[number][0]
+            cells = memory[0][: math.prod(shape)].reshape(shape)
+            by_phase = cells.reshape(*shape[:-1], family.size, self.problem.cout)
+            filled = [by_phase[at] for at in layout.cells[number]]
+            rows, combines = cells, []
+            for axis, (line, *_) in enumerate(family[2:]):
+                rows, of_axis = combined(rows, (line,), line, axis, layout.sums[4 + axis], memory[1 + axis])
+                combines += of_axis
+            of_family = sums[: family.points[0], : family.points[1]]
+            taps = list(_taps(family, rows, of_family, found, self.columns, adds=number > 0))
+            cleared = cells if layout.padded[number] else None
+            filled = [as_items(array, size) for array in filled] if size else filled
+            families.append(FamilyViews(cleared, filled, combines, taps))
+        first = self.families[0]
+        combining = Combining(sums, first.a[0], first.b[0])
+        stored = [combining.results[at] for at in layout.results]
+        size = item_size(self.problem, layout.sums[-1])
+        return Views(families, combining, [as_items(array, size) for array in stored] if size else stored)
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for schedules of few steps, where making it would take long."""
         program = self.programs.get(index)
         if program is None:
             program = self._made(self.block(index))
-            if sum(map(len, program.fills)) * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
+            if len(program.sources) * self.count <= MOST_STEPS_KEPT:
+                layout = program.layout
+                same = (other.layout for other in self.programs.copy().values() if other.layout == layout)
+                self.programs[index] = program = program._replace(layout=next(same, layout))
         return program
 
     def _made(self, block: Block) -> Program:
@@ -327,30 +394,31 @@ class FilteredConv:
             of_axes.append([(which, places, slice(i[0], i[-1] + 1, i.step)) for which, places, i in found])
         every = slice(None)
         box = slice(*block.u), slice(*block.v)
-        stores = [
-            ((which_a, which_b, every, every, from_a, from_b), (*box, to_a, to_b))
-            for (which_a, from_a, to_a), (which_b, from_b, to_b) in product(*of_axes)
-        ]
+        both = list(product(*of_axes))
+        results = [(which_a, which_b, every, every, at_a, at_b) for (which_a, at_a, _), (which_b, at_b, _) in both]
+        stores = [(*box, to_a, to_b) for (*_, to_a), (*_, to_b) in both]
         filled = [sum(math.prod(map(length_of, to[2:6])) for to, _ in of_family) for of_family in fills]
         places = [math.prod(shape[0][:6]) * family.size for shape, family in zip(shapes, self.families, strict=True)]
         padded = [some < all_of for some, all_of in zip(filled, places, strict=True)]
-        return Program(self._sums(sizes), shapes, padded, fills, stores)
+        cells = [[to for to, _ in of_family] for of_family in fills]
+        layout = Layout(self._sums(sizes), shapes, padded, cells, results)
+        return Program(layout, [source for of_family in fills for _, source in of_family], stores)
 
     def _fills(self, block: Block, family: Family, cells: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
-        """Yield which of the cells of a family are filled, and from where in the value."""
-        cout = self.problem.cout
+        """Yield which of the cells of a family are filled, of which phase, and from where in the value."""
         for number, lines in enumerate(product(*family)):
             of_axes = (
                 list(_taken(axis, line, start, length))
                 for axis, line, (start, _), length in zip(self.axes, lines, block[:4], cells[2:6], strict=True)
             )
             for u, v, a, b in product(*of_axes):
-                part = slice(number * cout, (number + 1) * cout)
-                yield (a[0], b[0], u[1], v[1], a[1], b[1], part), (u[2], v[2], a[2], b[2])
+                yield (a[0], b[0], u[1], v[1], a[1], b[1], number), (u[2], v[2], a[2], b[2])
 
 
-def _multiply(family: Family, rows: Array, filter: Array, sums: Array, found: Array, *, adds: bool) -> None:
-    """Form the products of a family in the sums of its points, or add them to what is there."""
+def _taps(
+    family: Family, rows: Array, sums: Array, found: Array, columns: int, *, adds: bool
+) -> Iterator[tuple[Tiled, tuple[Array, Array] | None]]:
+    """Yield the product of each tap of a family, and the sums with what is added to them, if it is not formed there."""
     u, v = sums.shape[2:4]
     apart_u, apart_v = family.u[0].apart, family.v[0].apart
     for i, j in product(*map(range, family.taps)):
@@ -358,15 +426,13 @@ def _multiply(family: Family, rows: Array, filter: Array, sums: Array, found: Ar
         # Where no line is cut the rows of all follow each other.
         lines = 1 if v == rows.shape[3] else u
         left = taken.reshape(*family.points, lines, -1, rows.shape[-1])
-        right = filter[:, :, i, j, np.newaxis]
         shape = (*left.shape[:-1], sums.shape[-1])
         if not adds:
-            multiply_tiles(left, right, sums.reshape(shape))
+            yield Tiled(left, columns, sums.reshape(shape)), None
             adds = True
             continue
         added = found[: math.prod(shape)].reshape(shape)
-        multiply_tiles(left, right, added)
-        np.add(sums, added.reshape(sums.shape), out=sums)
+        yield Tiled(left, columns, added), (sums, added.reshape(sums.shape))
 
 
 def _filters(family: Family) -> tuple[int, int]:

@@ -123,24 +123,40 @@ def tile_columns(cut: Cut, k: int) -> int:
     return 0
 
 
-def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
-    """Form the product of a [m, k] and a matrix [tile, k, column] in out [m, tile * column].
+class Tiled:
+    """The product of a [m, k] and a matrix [tile, k, column] in out [m, tile * column], of arrays that stay in place.
 
-    Stacks of them, where all have the same axes in front.
+    Stacks of them, where all have the same axes in front. It is called with the matrix as [..., tile, 1, k, column].
     """
-    (m, k), (count, _, columns) = a.shape[-2:], tiles.shape[-3:]
-    if m == 1:  # not as a vector; see `alike`
-        twice = np.empty((*out.shape[:-2], 2, out.shape[-1]), out.dtype)
-        multiply_tiles(np.concatenate([a, a], axis=-2), tiles, twice)
-        np.copyto(out, twice[..., :1, :])
-        return
-    parts = -(-m // max(1, _most() // (columns * k)))
-    # Parts of the same length are formed in one step.
-    parts = next((n for n in range(parts, 2 * parts) if m % n == 0), parts)
-    for start, stop, many in alike(m, -(-m // parts)):
-        left = a[..., start:stop, :].reshape(*a.shape[:-2], 1, many, -1, k)
-        to = out[..., start:stop, :].reshape(*out.shape[:-2], many, -1, count, columns)
-        np.matmul(left, tiles[..., np.newaxis, :, :], out=to.swapaxes(-2, -3).swapaxes(-3, -4))
+
+    __slots__ = ("_a", "_out", "_steps")
+
+    def __init__(self, a: Array, columns: int, out: Array) -> None:
+        (m, k), (*stack, _, n) = a.shape[-2:], out.shape
+        self._a, self._out = a, out
+        self._steps: list[tuple[Array, Array]] = []
+        if m == 1:
+            return
+        parts = -(-m // max(1, _most() // (columns * k)))
+        # Parts of the same length are formed in one step.
+        parts = next((n for n in range(parts, 2 * parts) if m % n == 0), parts)
+        for start, stop, many in alike(m, -(-m // parts)):
+            left = a[..., start:stop, :].reshape(*stack, 1, many, -1, k)
+            to = out[..., start:stop, :].reshape(*stack, many, -1, n // columns, columns)
+            self._steps.append((left, to.swapaxes(-2, -3).swapaxes(-3, -4)))
+
+    def __call__(self, tiles: Array) -> None:
+        for left, to in self._steps:
+            np.matmul(left, tiles, to)
+        if not self._steps:  # a single row, but not as a vector; see `alike`
+            twice = np.empty((*self._out.shape[:-2], 2, self._out.shape[-1]), self._out.dtype)
+            Tiled(np.concatenate([self._a, self._a], axis=-2), tiles.shape[-1], twice)(tiles)
+            np.copyto(self._out, twice[..., :1, :])
+
+
+def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
+    """Form the product of a [m, k] and a matrix [tile, k, column] in out [m, tile * column], or of stacks of them."""
+    Tiled(a, tiles.shape[-1], out)(tiles[..., np.newaxis, :, :])
 
 
 def _most() -> int:
