@@ -60,7 +60,7 @@ WIDE = 64
 # Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
 STEP_S = 7e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
-MOST_WORKSPACE = 8
+MOST_WORKSPACE = 12
 
 # For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
 _FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)

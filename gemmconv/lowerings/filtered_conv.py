@@ -15,6 +15,7 @@ from itertools import combinations, groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import (
     Array,
@@ -41,11 +42,9 @@ from gemmconv.lowerings.filtered import (
     WIDE,
     Combining,
     Rows,
-    Strand,
     beyond,
     combined,
     cuts_of,
-    length_of,
     order_of,
     share,
     strands,
@@ -101,8 +100,8 @@ class Layout(NamedTuple):
 
     sums: tuple[int, ...]
     shapes: list[list[tuple[int, ...]]]  # of each family: cells, and rows combined along one axis and both
-    padded: list[bool]  # whether the cells of each family reach beyond the value
-    cells: list[list[Index]]  # of each family, that are filled
+    box: tuple[int, ...]  # sizes of the positions that all cells hold
+    inside: Index  # of the box, what lies in the value
     results: list[Index]  # that are stored
 
 
@@ -110,15 +109,14 @@ class Program(NamedTuple):
     """What a block does."""
 
     layout: Layout
-    sources: list[Index]  # of the value, for the cells of all families
+    source: Index  # of the value, what is in the box
     stores: list[Index]  # in the output, of the results
 
 
 class FamilyViews(NamedTuple):
     """The arrays of a family."""
 
-    cleared: Array | None  # the cells, where they reach beyond the value
-    filled: list[Array]
+    fills: list[tuple[Array, Array]]  # of the cells, of the box
     rows: list[Rows]
     taps: list[tuple[Tiled, tuple[Array, Array] | None]]
 
@@ -126,6 +124,8 @@ class FamilyViews(NamedTuple):
 class Views(NamedTuple):
     """The arrays of a layout."""
 
+    cleared: Array | None  # the box, where it reaches beyond the value
+    inside: Array
     families: list[FamilyViews]
     combines: Combining
     stored: list[Array]
@@ -188,11 +188,22 @@ class FilteredConv:
 
     @property
     def workspace_bytes(self) -> int:
-        item = self.problem.compute_dtype.itemsize
         sizes = [cut.longest for cut in self.cuts]
-        of_families = [[math.prod(shape) for shape in self._shapes(family, sizes)] for family in self.families]
-        arrays = [*map(max, zip(*of_families, strict=True)), *[math.prod(self._sums(sizes))] * 2]
-        return sum(aligned(values * item) for values in arrays)
+        values = self._memory([self._shapes(family, sizes) for family in self.families], self._sums(sizes))
+        return sum(aligned(n * self.problem.compute_dtype.itemsize) for n in values)
+
+    def _memory(self, shapes: Any, sums: Any) -> list[int]:
+        """Return the values of memory for cells and products that are added, rows of one axis, of both, box and sums.
+
+        Cells are done with when there are products. With a single family the box is when rows are combined along the
+        second axis, and rows of one axis are when there are sums.
+        """
+        cells, along_a, along_b = (max(math.prod(shape) for shape in of) for of in zip(*shapes, strict=True))
+        box, of_sums = math.prod(self._box(shapes)) * self.problem.cout, math.prod(sums)
+        cells = max(cells, of_sums)
+        if len(shapes) == 1 and along_a and along_b:
+            return [cells, max(along_a, of_sums), max(along_b, box)]
+        return [cells, along_a, along_b, box, of_sums]
 
     def _sums(self, sizes: Any) -> Any:
         """Return the shape of the sums of a block of so many positions, tiles and channels."""
@@ -217,6 +228,22 @@ class FilteredConv:
             (p_a, r_b, *rows, n_a, l_b, values) if r_a > 1 else (0,),
             (p_a, p_b, *rows, n_a, n_b, values) if r_b > 1 else (0,),
         ]
+
+    @property
+    def _first(self) -> list[int]:
+        """The fine positions where the box of the first block begins."""
+        of_axes = [{line for family in self.families for line in family[i]} for i in range(4)]
+        return [min(_start(axis, line) for line in lines) for axis, lines in zip(self.axes, of_axes, strict=True)]
+
+    def _box(self, shapes: Any) -> Any:
+        """Return how many fine positions cells of such shapes hold, of all families."""
+        found = [0] * 4
+        for family, (cells, *_) in zip(self.families, shapes, strict=True):
+            for i, (axis, lines, first) in enumerate(zip(self.axes, family, self._first, strict=True)):
+                rows = cells[2 + i] * lines[0].results
+                last = max(_start(axis, line) for line in lines)
+                found[i] = max(found[i], last - first + axis.stride * (rows - 1) + 1)
+        return tuple(found)
 
     @property
     def reason(self) -> str:
@@ -299,12 +326,12 @@ class FilteredConv:
         value, output, filters = workspace.once(operands, lambda: self._opened(operands))
         output, start = output[..., slice(*block.channels)], operands.start(block.channels)
         tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
-        sources = iter(program.sources)
+        if views.cleared is not None:
+            views.cleared[...] = 0
+        np.copyto(views.inside, value[program.source], casting="unsafe")
         for family, filter in zip(views.families, filters, strict=True):
-            if family.cleared is not None:
-                family.cleared[...] = 0
-            for to, source in zip(family.filled, sources, strict=False):
-                np.copyto(to, value[source], casting="unsafe")
+            for to, source in family.fills:
+                np.copyto(to, source)
             for of_axis in family.rows:
                 combine_rows(*of_axis)
             if clock:
@@ -337,45 +364,72 @@ class FilteredConv:
         value = five(problem.layout, operands.value, problem.batch, [axis.fine for axis in axes], problem.cout)
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in axes], problem.cin)
         value, output = (array.transpose(*self.order, 4) for array in (value, output))
-        size = item_size(problem, problem.cout)
         filters = [
             [filter[:, :, i, j, np.newaxis, :, np.newaxis] for i, j in product(*map(range, family.taps))]
             for family, filter in zip(self.families, self._packed(operands.packed), strict=True)
         ]
-        return as_items(value, size) if size else value, output, filters
+        return value, output, filters
 
     def _views(self, layout: Layout, workspace: Workspace) -> Views:
-        sums = workspace.take(*layout.sums)
-        memory = [workspace.take(max(map(math.prod, shapes))) for shapes in zip(*layout.shapes, strict=True)]
-        found = workspace.take(sums.size)
-        size = item_size(self.problem, self.problem.cout)
+        cout = self.problem.cout
+        memory = [workspace.take(values) for values in self._memory(layout.shapes, layout.sums)]
+        of_box, of_sums = (memory[2], memory[1]) if len(memory) == 3 else memory[3:]
+        # It lies as the value does, so that runs of it are copied.
+        natural = (layout.box[self.order.index(i)] for i in range(4))
+        box = of_box[: math.prod(layout.box) * cout].reshape(*natural, cout).transpose(*self.order, 4)
+        sums = of_sums[: math.prod(layout.sums)].reshape(layout.sums)
         families = []
         for number, family in enumerate(self.families):
             shape = layout.shapes[number][0]
             cells = memory[0][: math.prod(shape)].reshape(shape)
-            by_phase = cells.reshape(*shape[:-1], family.size, self.problem.cout)
-            filled = [by_phase[at] for at in layout.cells[number]]
             rows, combines = cells, []
             for axis, (line, *_) in enumerate(family[2:]):
                 rows, of_axis = combined(rows, (line,), line, axis, layout.sums[4 + axis], memory[1 + axis])
                 combines += of_axis
             of_family = sums[: family.points[0], : family.points[1]]
-            taps = list(_taps(family, rows, of_family, found, self.columns, adds=number > 0))
-            cleared = cells if layout.padded[number] else None
-            filled = [as_items(array, size) for array in filled] if size else filled
-            families.append(FamilyViews(cleared, filled, combines, taps))
+            taps = list(_taps(family, rows, of_family, memory[0], self.columns, adds=number > 0))
+            families.append(FamilyViews(list(self._fills(family, cells, box, of_box)), combines, taps))
         first = self.families[0]
         combining = Combining(sums, first.a[0], first.b[0])
         stored = [combining.results[at] for at in layout.results]
         size = item_size(self.problem, layout.sums[-1])
-        return Views(families, combining, [as_items(array, size) for array in stored] if size else stored)
+        stored = [as_items(array, size) for array in stored] if size else stored
+        inside = box[layout.inside]
+        cleared = box if inside.size < box.size else None
+        return Views(cleared, inside, families, combining, stored)
+
+    def _fills(self, family: Family, cells: Array, box: Array, flat: Array) -> Iterator[tuple[Array, Array]]:
+        """Yield cells of a family, and of the box what they are filled with: all phases that begin evenly apart.
+
+        `flat` is the memory of the box.
+        """
+        item, cout = box.itemsize, self.problem.cout
+        steps = [step // item for step in box.strides]
+        shape, at = [], []  # how often, and how far apart
+        for number, (axis, (line, *_)) in enumerate(zip(self.axes, family, strict=True)):
+            step, tile = axis.stride * steps[number], tile_size(line)
+            shape += [cells.shape[2 + number] // line.apart, line.apart] if number > 1 else [cells.shape[2 + number], 1]
+            at += [step * tile, step] if number > 1 else [step, 0]
+        for number, lines in ((1, family.b), (0, family.a)):
+            shape.insert(0, lines[0].results)
+            at.insert(0, self.axes[2 + number].stride * lines[0].apart * steps[2 + number])
+        cells = cells.reshape(*shape, *map(len, family), cout)
+        starts = (
+            [_start(axis, line) - first for line in lines]
+            for axis, lines, first in zip(self.axes, family, self._first, strict=True)
+        )
+        for runs in product(*map(_evenly, starts)):
+            first = sum(start * step for (_, start, _), step in zip(runs, steps, strict=False))
+            apart = [each * step for (*_, each), step in zip(runs, steps, strict=False)]
+            to = cells[..., *(which for which, *_ in runs), :]
+            yield to, as_strided(flat[first:], to.shape, [step * item for step in (*at, *apart, 1)])
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for schedules of few steps, where making it would take long."""
         program = self.programs.get(index)
         if program is None:
             program = self._made(self.block(index))
-            if len(program.sources) * self.count <= MOST_STEPS_KEPT:
+            if self.count <= MOST_STEPS_KEPT:
                 layout = program.layout
                 same = (other.layout for other in self.programs.copy().values() if other.layout == layout)
                 self.programs[index] = program = program._replace(layout=next(same, layout))
@@ -384,35 +438,23 @@ class FilteredConv:
     def _made(self, block: Block) -> Program:
         sizes = [stop - start for start, stop in block]
         shapes = [self._shapes(family, sizes) for family in self.families]
-        fills = [
-            list(self._fills(block, *of)) for of in zip(self.families, (shape[0] for shape in shapes), strict=True)
-        ]
+        box = self._box(shapes)
+        inside, source = [], []
+        for axis, first, unit, size, (start, _) in zip(self.axes, self._first, self.units, box, block[:4], strict=True):
+            origin = first + axis.stride * unit * start
+            begins, ends = max(0, origin), max(0, origin, min(axis.fine, origin + size))
+            inside.append(slice(begins - origin, ends - origin))
+            source.append(slice(begins, ends))
         of_axes = []
         for axis, lines, tiles in zip(self.axes[2:], self.families[0][2:], block[2:4], strict=True):
             first = tile_size(lines[0]) * tiles[0]
             found = strands(lines[0], first, axis.coarse, tiles[1] - tiles[0])
             of_axes.append([(which, places, slice(i[0], i[-1] + 1, i.step)) for which, places, i in found])
         every = slice(None)
-        box = slice(*block.u), slice(*block.v)
         both = list(product(*of_axes))
         results = [(which_a, which_b, every, every, at_a, at_b) for (which_a, at_a, _), (which_b, at_b, _) in both]
-        stores = [(*box, to_a, to_b) for (*_, to_a), (*_, to_b) in both]
-        filled = [sum(math.prod(map(length_of, to[2:6])) for to, _ in of_family) for of_family in fills]
-        places = [math.prod(shape[0][:6]) * family.size for shape, family in zip(shapes, self.families, strict=True)]
-        padded = [some < all_of for some, all_of in zip(filled, places, strict=True)]
-        cells = [[to for to, _ in of_family] for of_family in fills]
-        layout = Layout(self._sums(sizes), shapes, padded, cells, results)
-        return Program(layout, [source for of_family in fills for _, source in of_family], stores)
-
-    def _fills(self, block: Block, family: Family, cells: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
-        """Yield which of the cells of a family are filled, of which phase, and from where in the value."""
-        for number, lines in enumerate(product(*family)):
-            of_axes = (
-                list(_taken(axis, line, start, length))
-                for axis, line, (start, _), length in zip(self.axes, lines, block[:4], cells[2:6], strict=True)
-            )
-            for u, v, a, b in product(*of_axes):
-                yield (a[0], b[0], u[1], v[1], a[1], b[1], number), (u[2], v[2], a[2], b[2])
+        stores = [(slice(*block.u), slice(*block.v), to_a, to_b) for (*_, to_a), (*_, to_b) in both]
+        return Program(Layout(self._sums(sizes), shapes, box, tuple(inside), results), tuple(source), stores)
 
 
 def _taps(
@@ -440,14 +482,22 @@ def _filters(family: Family) -> tuple[int, int]:
     return family.a[0].filters, family.b[0].filters
 
 
-def _taken(axis: Axis, line: Line, start: int, length: int) -> Iterator[Strand]:
-    """Yield which cells of an axis are filled, at which places, from which fine positions."""
-    phase = phases(axis)[line.slot]
-    if line.results == 1:
-        line = line._replace(apart=1)
-    for which, places, q in strands(line, line.first + tile_size(line) * start, phase.count, length // line.apart):
-        first, last = (i * axis.stride + phase.offset for i in (q[0], q[-1]))
-        yield which, places, slice(first, last + 1, q.step * axis.stride)
+def _start(axis: Axis, line: Line) -> int:
+    """Return the fine position of a line's first row for the first position of the result."""
+    return line.first * axis.stride + phases(axis)[line.slot].offset
+
+
+def _evenly(starts: list[int]) -> list[tuple[slice, int, int]]:
+    """Return runs of starts that are evenly apart: which, the first of them, and how far apart they are."""
+    found, first = [], 0
+    while first < len(starts):
+        stop = first + 1
+        step = starts[stop] - starts[first] if stop < len(starts) else 0
+        while stop < len(starts) and starts[stop] - starts[stop - 1] == step:
+            stop += 1
+        found.append((slice(first, stop), starts[first], step))
+        first = stop
+    return found
 
 
 def candidates(problem: Problem, machine: Machine) -> list[FilteredConv]:
