@@ -9,7 +9,7 @@ of all families are added to the sums point by point, since single and two taps 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, groupby, product
 from typing import Any, NamedTuple
@@ -46,7 +46,6 @@ from gemmconv.lowerings.filtered import (
     combined,
     cuts_of,
     order_of,
-    share,
     strands,
     tile_size,
 )
@@ -58,6 +57,8 @@ from gemmconv.problem import Axis, Problem
 
 # The most values of a row: those of one family.
 _DEEPEST = 1 << 11
+# Bytes of the filter that are packed together, in cache.
+_PACKED_TOGETHER = 1 << 20
 
 Lines = tuple[Line, ...]
 
@@ -124,7 +125,7 @@ class FamilyViews(NamedTuple):
 class Views(NamedTuple):
     """The arrays of a layout."""
 
-    cleared: Array | None  # the box, where it reaches beyond the value
+    cleared: list[Array]  # of the box, what lies beyond the value
     inside: Array
     families: list[FamilyViews]
     combines: Combining
@@ -143,7 +144,7 @@ class FilteredConv:
     columns: int  # of the filter's tiles
     programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
-    wants_finite_filter = True
+    wants_finite_filter = False  # what is not finite makes results that are not
     wants_finite_value = False
     whole_behind = 3
     largest_product = LARGEST
@@ -291,23 +292,26 @@ class FilteredConv:
         self.pack_part(filter, packed, 0, 1)
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
-        """Combine taps along both filtered axes, and lay them out as `_packed` says."""
-        problem = self.problem
-        tiles = problem.cin // self.columns
-        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), problem.cout, tiles, self.columns)
+        """Combine taps along both filtered axes, and lay them out as `_packed` says; a part is some of the rows."""
+        problem, arrays = self.problem, self._packed(packed)
+        tiles, cout = problem.cin // self.columns, problem.cout
+        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), cout, tiles, self.columns)
         taps = taps.transpose(*self.order, 5, 4, 6)
-        every = [
-            (to[:, :, i, j, :, number * problem.cout : (number + 1) * problem.cout], lines, taps[tap_u, tap_v])
-            for family, to in zip(self.families, self._packed(packed), strict=True)
-            for number, lines in enumerate(product(*family))
-            for (i, tap_u), (j, tap_v) in product(enumerate(lines[0].taps), enumerate(lines[1].taps))
-        ]
-        mine, of_others = share(tiles, len(every), part, parts)
-        for to, (*_, a, b), of_tap in every[of_others]:
-            of_tiles = of_tap[:, :, mine]
-            along_a = np.empty((a.filters, *of_tiles.shape[1:]), packed.dtype)
-            combine_taps([of_tiles[tap] for tap in a.taps], along_a)
-            combine_taps([along_a[:, tap] for tap in b.taps], to[:, :, mine].swapaxes(0, 1))
+        mine = Cut(cout, -(-cout // parts))
+        first, last = mine[part] if part < len(mine) else (0, 0)
+        each = math.prod(problem.kernel) * problem.cin * packed.itemsize
+        for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
+            rows = slice(first + start, first + stop)
+            of_rows = taps[..., rows, :]
+            for a in {line: None for family in self.families for line in family.a}:
+                along_a = np.empty((a.filters, *of_rows.shape[:2], *of_rows.shape[3:]), packed.dtype)
+                combine_taps([of_rows[:, :, tap] for tap in a.taps], along_a)
+                for family, to in zip(self.families, arrays, strict=True):
+                    for number, (u, v, of_a, b) in enumerate(product(*family)):
+                        if of_a == a:
+                            of_phase = to[..., number * cout + rows.start : number * cout + rows.stop, :]
+                            source = along_a[:, _evenly_taken(u.taps), _evenly_taken(v.taps)]
+                            combine_taps([source[:, :, :, tap] for tap in b.taps], of_phase.swapaxes(0, 1))
 
     def _packed(self, packed: Array) -> list[Array]:
         """Return the packed filter of each family: [point, point, tap, tap, tile, phase and cout, column]."""
@@ -326,8 +330,8 @@ class FilteredConv:
         value, output, filters = workspace.once(operands, lambda: self._opened(operands))
         output, start = output[..., slice(*block.channels)], operands.start(block.channels)
         tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
-        if views.cleared is not None:
-            views.cleared[...] = 0
+        for beyond_value in views.cleared:
+            beyond_value[...] = 0
         np.copyto(views.inside, value[program.source], casting="unsafe")
         for family, filter in zip(views.families, filters, strict=True):
             for to, source in family.fills:
@@ -395,7 +399,7 @@ class FilteredConv:
         size = item_size(self.problem, layout.sums[-1])
         stored = [as_items(array, size) for array in stored] if size else stored
         inside = box[layout.inside]
-        cleared = box if inside.size < box.size else None
+        cleared = list(_outside(box, layout.inside))
         return Views(cleared, inside, families, combining, stored)
 
     def _fills(self, family: Family, cells: Array, box: Array, flat: Array) -> Iterator[tuple[Array, Array]]:
@@ -485,6 +489,19 @@ def _filters(family: Family) -> tuple[int, int]:
 def _start(axis: Axis, line: Line) -> int:
     """Return the fine position of a line's first row for the first position of the result."""
     return line.first * axis.stride + phases(axis)[line.slot].offset
+
+
+def _outside(box: Array, inside: Index) -> Iterator[Array]:
+    """Yield what of a box is not inside, in slabs."""
+    for axis, (of, size) in enumerate(zip(inside, box.shape, strict=False)):
+        for slab in (slice(0, of.start), slice(of.stop, size)):
+            if slab.start < slab.stop:
+                yield box[*inside[:axis], slab]
+
+
+def _evenly_taken(taps: Sequence[int]) -> slice:
+    """Return a slice of taps of one phase, which are evenly apart."""
+    return slice(taps[0], taps[-1] + 1, taps[1] - taps[0] if len(taps) > 1 else 1)
 
 
 def _evenly(starts: list[int]) -> list[tuple[slice, int, int]]:
