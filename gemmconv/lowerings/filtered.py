@@ -61,6 +61,8 @@ WIDE = 64
 STEP_S = 7e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
 MOST_WORKSPACE = 12
+# Bytes of a filter that are packed together, in cache.
+_PACKED_TOGETHER = 1 << 20
 
 # For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
 _FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
@@ -179,7 +181,7 @@ class Filtered:
     gaps: bool
     programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
-    wants_finite_filter = True
+    wants_finite_filter = False  # what is not finite makes results that are not
     wants_finite_value = False
     whole_behind = 3
     largest_product = LARGEST
@@ -305,25 +307,22 @@ class Filtered:
         self.pack_part(filter, packed, 0, 1)
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
-        """Turn taps to tiles, combine them along both axes, and lay them out: lines, points, taps, [tile, cin, ...]."""
-        problem, kernel = self.problem, [axis.kernel for axis in self.axes]
-        tiles = problem.cout // self.columns
-        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), tiles, self.columns, problem.cin)
+        """Turn taps to tiles, combine them along both axes, and lay them out; a part is some of the input channels."""
+        problem, arrays = self.problem, self._packed(packed)
+        tiles, cin = problem.cout // self.columns, problem.cin
+        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), tiles, self.columns, cin)
         taps = taps.transpose(*self.order, 4, 6, 5)
-        every = list(product(*map(range, kernel[:2])))
-        mine, of_others = share(tiles, len(every), part, parts)
-        tile = mine.stop - mine.start, problem.cin, self.columns
-        turned = np.empty((*kernel[2:], *tile), packed.dtype)
-        arrays = self._packed(packed)
-        for i, j in every[of_others]:
-            np.copyto(turned, taps[i, j, :, :, mine], casting="unsafe")
+        size = math.prod(problem.filter_shape) * packed.itemsize
+        for rows, of_u in pieces(part, parts, cin, self.axes[0].kernel, size):
+            turned = np.empty(taps[of_u, ..., rows, :].shape, packed.dtype)
+            np.copyto(turned, taps[of_u, ..., rows, :], casting="unsafe")
             at = 0
             for first in self.lines[0]:
-                along_a = np.empty((first.filters, kernel[3], *tile), packed.dtype)
-                combine_taps([turned[tap] for tap in first.taps], along_a)
+                along_a = np.empty((first.filters, *turned.shape[:2], *turned.shape[3:]), packed.dtype)
+                combine_taps([turned[:, :, tap] for tap in first.taps], along_a)
                 for second in self.lines[1]:
-                    to = arrays[at][:, :, i, j, mine].swapaxes(0, 1)
-                    combine_taps([along_a[:, tap] for tap in second.taps], to)
+                    to = arrays[at][:, :, of_u, ..., rows, :].swapaxes(0, 1)
+                    combine_taps([along_a[:, :, :, tap] for tap in second.taps], to)
                     at += 1
 
     def _packed(self, packed: Array) -> list[Array]:
@@ -547,11 +546,16 @@ def _most(lines: Sequence[Line]) -> int:
     return max(line.points for line in lines)
 
 
-def share(tiles: int, others: int, part: int, parts: int) -> tuple[slice, slice]:
-    """Return the tiles and the others of a part: some of the tiles, or where there are few some of the others."""
-    if tiles >= parts:
-        return slice(tiles * part // parts, tiles * (part + 1) // parts), slice(None)
-    return slice(0, tiles), slice(part, others, parts)
+def pieces(part: int, parts: int, rows: int, taps: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows and taps of one of so many parts of a filter of `size` bytes, in pieces that are packed in cache.
+
+    Taps are cut before rows are, which lie together.
+    """
+    share, each = Cut(rows, -(-rows // parts)), size // (rows * taps)
+    first, last = share[part] if part < len(share) else (0, 0)
+    for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
+        for p, q in Cut(taps, max(1, _PACKED_TOGETHER // (each * max(1, stop - start)))):
+            yield slice(first + start, first + stop), slice(p, q)
 
 
 def beyond(lines: Iterable[Line]) -> int:

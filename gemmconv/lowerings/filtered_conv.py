@@ -46,6 +46,7 @@ from gemmconv.lowerings.filtered import (
     combined,
     cuts_of,
     order_of,
+    pieces,
     strands,
     tile_size,
 )
@@ -57,8 +58,6 @@ from gemmconv.problem import Axis, Problem
 
 # The most values of a row: those of one family.
 _DEEPEST = 1 << 11
-# Bytes of the filter that are packed together, in cache.
-_PACKED_TOGETHER = 1 << 20
 
 Lines = tuple[Line, ...]
 
@@ -297,11 +296,7 @@ class FilteredConv:
         tiles, cout = problem.cin // self.columns, problem.cout
         taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), cout, tiles, self.columns)
         taps = taps.transpose(*self.order, 5, 4, 6)
-        mine = Cut(cout, -(-cout // parts))
-        first, last = mine[part] if part < len(mine) else (0, 0)
-        each = math.prod(problem.kernel) * problem.cin * packed.itemsize
-        for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
-            rows = slice(first + start, first + stop)
+        for rows, _ in pieces(part, parts, cout, 1, math.prod(problem.filter_shape) * packed.itemsize):
             of_rows = taps[..., rows, :]
             for a in {line: None for family in self.families for line in family.a}:
                 along_a = np.empty((a.filters, *of_rows.shape[:2], *of_rows.shape[3:]), packed.dtype)
