@@ -62,7 +62,7 @@ STEP_S = 7e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
 MOST_WORKSPACE = 12
 # Bytes of a filter that are packed together, in cache.
-_PACKED_TOGETHER = 1 << 20
+_PACKED_TOGETHER = 1 << 19
 
 # For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
 _FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
