@@ -47,7 +47,7 @@ class Workspace:
         self._memory = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
         self.used = 0
         self._kept: tuple[Operands, Any, int] | None = None
-        self._views: dict[int, tuple[object, Any]] = {}
+        self._views: dict[int, tuple[object, Any, int]] = {}
         self.size = size
         self.gemm = Gemm(dtype)
         self.clock: Clock | None = None
@@ -66,18 +66,20 @@ class Workspace:
         return found
 
     def views(self, key: object, make: Callable[[], T]) -> T:
-        """Return what `make` makes of an empty workspace for a key: views of it alone, which later calls use too.
+        """Return what `make` makes of an empty workspace for a key, with what that took.
 
-        Making them takes longer than many a step does.
+        It is kept for later calls, for which making it would take longer than many a step, so it holds no operand.
         """
-        of_key, found = self._views.get(id(key), (None, None))
-        if of_key is not key:
+        kept = self._views.get(id(key))
+        if kept is None or kept[0] is not key:
             if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
             self.reset()
-            found = make()
-            self._views[id(key)] = key, found
-        return found  # type: ignore[return-value]
+            made = make()
+            kept = self._views[id(key)] = key, made, self.used
+        found: T
+        _, found, self.used = kept
+        return found
 
     def release(self) -> None:
         """Forget the operands of the last call, which would stay alive."""

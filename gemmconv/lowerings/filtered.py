@@ -366,11 +366,11 @@ class Filtered:
                     raise NotFiniteError
                 if clock:
                     clock("col2im")
-                for to, found in zip(places, target.stored, strict=True):
+                for place, found in zip(places, target.stored, strict=True):
                     if size:
-                        np.copyto(output[to], found)
+                        np.copyto(output[place], found)
                     else:
-                        store(output[to], found)
+                        store(output[place], found)
                 if clock:
                     clock("store")
 

@@ -420,7 +420,8 @@ class FilteredConv:
         for runs in product(*map(_evenly, starts)):
             first = sum(start * step for (_, start, _), step in zip(runs, steps, strict=False))
             apart = [each * step for (*_, each), step in zip(runs, steps, strict=False)]
-            to = cells[..., *(which for which, *_ in runs), :]
+            which: Index = (..., *(phases_of for phases_of, *_ in runs), slice(None))
+            to = cells[which]
             yield to, as_strided(flat[first:], to.shape, [step * item for step in (*at, *apart, 1)])
 
     def _program(self, index: int) -> Program:

@@ -157,18 +157,7 @@ class Gradient:
         np.setbufsize(SMALLEST_BUFFER)
         problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
         channels_first, item = problem.layout == "NCDHW", gemm.itemsize
-        windows = workspace.once(
-            operands,
-            lambda: Windows(
-                problem,
-                self.axes,
-                operands.value,
-                workspace,
-                self.rows * self.deep * problem.cout,
-                self.grid,
-                self.tap_major,
-            ),
-        )
+        windows, parts = workspace.views(self, lambda: self._memory(workspace))
         taps, channels = self.block(index)
         n = channels[1] - channels[0]
         (d0, d1), (h0, h1), (w0, w1) = taps
@@ -183,14 +172,13 @@ class Gradient:
         ld_sums = operands.steps[2][3] if in_place else n
         sums[...] = 0
         to = address(sums)
-        parts = workspace.take(self._parts)
         wide = workspace.take(self.rows * n) if self.widens else None
         for batch, depth, height, width in product(*self.cuts):
             rows = Box(batch, depth, height, width)
             m = math.prod(rows.sizes)
             if clock:
                 clock("overhead")
-            windows.copy(rows, taps, windows.open(rows, taps))
+            windows.copy(rows, taps, windows.open(operands.value, rows, taps))
             part = by_row[tuple(slice(*r) for r in rows)]
             ld = operands.steps[1][4 if channels_first else 3]
             if wide is not None:
@@ -216,6 +204,11 @@ class Gradient:
             store(output, sums.reshape(output.shape))
         if clock:
             clock("store")
+
+    def _memory(self, workspace: Workspace) -> tuple[Windows, Array]:
+        columns = self.rows * self.deep * self.problem.cout
+        windows = Windows(self.problem, self.axes, workspace, columns, self.grid, self.tap_major)
+        return windows, workspace.take(self._parts)
 
 
 def schedule(problem: Problem, machine: Machine) -> Gradient:

@@ -214,19 +214,7 @@ class Im2Col:
         np.setbufsize(SMALLEST_BUFFER)
         problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
         item, channels_first = gemm.itemsize, problem.layout == "NCDHW"
-        windows = workspace.once(
-            operands,
-            lambda: Windows(
-                problem,
-                self.axes,
-                operands.value,
-                workspace,
-                self.rows * self.deep * problem.cout,
-                self.grid,
-                self.tap_major,
-            ),
-        )
-        parts = workspace.take(self._parts)
+        windows, parts = workspace.views(self, lambda: self._memory(workspace))
         rows, channels = self.block(index)
         m, n = math.prod(rows.sizes), channels[1] - channels[0]
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
@@ -245,7 +233,7 @@ class Im2Col:
         _, kh, kw = (axis.kernel for axis in self.axes)
         taps = operands.packed if self.packs else operands.filter
         taps = taps.reshape(-1, problem.cin)[:, slice(*channels)]
-        opened = windows.open(rows, self.window)
+        opened = windows.open(operands.value, rows, self.window)
         for i, box in enumerate(self.taps):
             if clock:
                 clock("overhead")
@@ -282,6 +270,11 @@ class Im2Col:
             store(output, sums)
         if clock:
             clock("store")
+
+    def _memory(self, workspace: Workspace) -> tuple[Windows, Array]:
+        columns = self.rows * self.deep * self.problem.cout
+        windows = Windows(self.problem, self.axes, workspace, columns, self.grid, self.tap_major)
+        return windows, workspace.take(self._parts)
 
     @property
     def window(self) -> Taps:

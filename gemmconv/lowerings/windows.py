@@ -10,15 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv.lowerings.base import Array, Box, Range, Workspace, address, aligned, copy, five
+from gemmconv.lowerings.base import Array, Box, Index, Range, Workspace, address, aligned, copy, five
 from gemmconv.problem import Axis, Problem
 
 Taps = tuple[Range, Range, Range]
+
+
+# Blocks of rows and boxes of taps whose views are kept.
+_MOST_KEPT = 256
 
 
 class Opened(NamedTuple):
@@ -29,6 +33,16 @@ class Opened(NamedTuple):
 
     array: Array
     origin: tuple[int, int, int]
+    whole: bool = True  # whether it holds all values: else those that are missing are 0
+    window: Taps | None = None  # of a grid, the taps it holds values for
+
+
+class Opening(NamedTuple):
+    """How a grid is filled."""
+
+    opened: Opened
+    outside: list[Array]  # what is 0
+    copies: list[tuple[Array, Index]]  # of the fine array
 
 
 class Windows:
@@ -36,60 +50,88 @@ class Windows:
 
     Columns lie [row, tap, channel], or with `tap_major` [tap, channel, row]: then values are first copied to a grid
     with channels first and phases of width apart, if that is not how they lie, so that rows are copied as whole lines.
+    The views of its workspace are kept for later calls.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        axes: Sequence[Axis],
-        fine: Array,
-        workspace: Workspace,
-        columns: int,
-        grid: int,
-        tap_major: bool,
+        self, problem: Problem, axes: Sequence[Axis], workspace: Workspace, columns: int, grid: int, tap_major: bool
     ) -> None:
         self._problem, self._axes, self._tap_major = problem, axes, tap_major
-        self._fine = five(problem.layout, fine, problem.batch, [axis.fine for axis in axes], problem.cout)
         self._grid = workspace.take(grid)
         self.buffer = workspace.take(columns)
         self.address = address(self.buffer)
+        self._openings: dict[tuple[Box, Taps], Opening | bool] = {}
+        self._copies: dict[Any, list[tuple[Array, Array]]] = {}
 
-    def open(self, rows: Box, taps: Taps) -> Opened | None:
-        """Return what holds all values these rows and taps need; None if it would be too large.
+    def open(self, fine: Array, rows: Box, taps: Taps) -> Opened:
+        """Return what holds the values of the first operand that these rows and taps need.
 
-        What the grid held before is lost.
+        What the grid held before is lost. Where it would be too large the operand itself is returned.
         """
+        fine = five(self._problem.layout, fine, self._problem.batch, [a.fine for a in self._axes], self._problem.cout)
+        key = rows, taps
+        opening = self._openings.get(key)
+        if opening is None:
+            if len(self._openings) >= _MOST_KEPT:
+                self._openings.clear()
+            opening = self._openings[key] = self._opening(rows, taps)
+        if isinstance(opening, bool):
+            return Opened(fine[slice(*rows.batch), :, :, np.newaxis], (0, 0, 0), opening)
+        for part in opening.outside:
+            part[...] = 0
+        for to, source in opening.copies:
+            copy(to, fine[source])
+        return opening.opened
+
+    def _opening(self, rows: Box, taps: Taps) -> Opening | bool:
+        """Return how a grid is filled, or without one whether windows lie inside the fine array."""
         spans = [span(axis, r, t) for axis, r, t in zip(self._axes, rows[1:], taps, strict=True)]
-        fine = self._fine[slice(*rows.batch)]
-        lies = Opened(fine[:, :, :, np.newaxis], (0, 0, 0))
         whole = all(start >= 0 and stop <= axis.fine for axis, (start, stop) in zip(self._axes, spans, strict=True))
         if whole and not rearranges(self._problem, self._axes[2], self._tap_major):
-            return lies
+            return True
         apart = phases_apart(self._axes[2], self._tap_major)
         d, h, w = (stop - start for start, stop in spans)
-        sizes = fine.shape[0], d, h, apart, -(-w // apart), fine.shape[4]
+        sizes = rows.sizes[0], d, h, apart, -(-w // apart), self._problem.cout
         many = math.prod(sizes)
         if many > self._grid.size:
-            return lies if whole else None
+            return whole
         if self._tap_major:
             grid = self._grid[:many].reshape(sizes[0], sizes[5], *sizes[1:5]).transpose(0, 2, 3, 4, 5, 1)
         else:
             grid = self._grid[:many].reshape(sizes)
-        grid[...] = 0
-        origin = spans[0][0], spans[1][0], spans[2][0]
+        opened = Opened(grid, (spans[0][0], spans[1][0], spans[2][0]), window=taps)
         inside = [(max(0, a), min(axis.fine, b)) for axis, (a, b) in zip(self._axes, spans, strict=True)]
-        if all(a < b for a, b in inside):
-            to_d, to_h, to_w = (slice(a - start, b - start) for (a, b), start in zip(inside, origin, strict=True))
-            source = fine[:, *(slice(a, b) for a, b in inside)]
-            for phase in range(apart):
-                first = (phase - to_w.start) % apart  # of the values inside, the first in the phase
-                part = source[:, :, :, first::apart]
-                at = (to_w.start + first) // apart
-                copy(grid[:, to_d, to_h, phase, at : at + part.shape[3]], part)
-        return Opened(grid, origin)
+        if any(a >= b for a, b in inside):
+            return Opening(opened, [grid], [])
+        to_d, to_h, to_w = (slice(a - start, b - start) for (a, b), start in zip(inside, opened.origin, strict=True))
+        from_d, from_h, (from_w, stop_w) = slice(*inside[0]), slice(*inside[1]), inside[2]
+        outside = [grid[:, : to_d.start], grid[:, to_d.stop :], grid[:, to_d, : to_h.start], grid[:, to_d, to_h.stop :]]
+        copies: list[tuple[Array, Index]] = []
+        for phase in range(apart):
+            line = grid[:, to_d, to_h, phase]
+            first = (phase - to_w.start) % apart  # of the values inside, the first in the phase
+            at, length = (to_w.start + first) // apart, len(range(from_w + first, stop_w, apart))
+            outside += [line[:, :, :, :at], line[:, :, :, at + length :]]
+            where = slice(*rows.batch), from_d, from_h, slice(from_w + first, stop_w, apart)
+            copies.append((line[:, :, :, at : at + length], where))
+        return Opening(opened, [part for part in outside if part.size], copies)
 
-    def copy(self, rows: Box, taps: Taps, opened: Opened | None) -> None:
+    def copy(self, rows: Box, taps: Taps, opened: Opened) -> None:
         """Fill the buffer with the columns of a box of rows and a box of taps, from what `open` returned."""
+        if opened.window is None:
+            copies = self._columns(rows, taps, opened)
+        else:
+            key = rows.sizes, taps, opened.window
+            copies = self._copies.get(key, [])
+            if not copies:
+                if len(self._copies) >= _MOST_KEPT:
+                    self._copies.clear()
+                copies = self._copies[key] = self._columns(rows, taps, opened)
+        for to, source in copies:
+            copy(to, source)
+
+    def _columns(self, rows: Box, taps: Taps, opened: Opened) -> list[tuple[Array, Array]]:
+        """Return the columns of some windows, and where they are copied from."""
         many = [stop - start for start, stop in taps]
         channels = self._problem.cout
         size = math.prod(rows.sizes) * math.prod(many) * channels
@@ -98,9 +140,9 @@ class Windows:
             columns = self.buffer[:size].reshape(*many, channels, *rows.sizes).transpose(4, 5, 6, 7, 0, 1, 2, 3)
         else:
             columns = self.buffer[:size].reshape(*rows.sizes, *many, channels)
-        if opened is None:
-            self._copy_taps(rows, taps, columns)
-            return
+        if not opened.whole:
+            columns[...] = 0
+            return self._by_tap(rows, taps, columns, opened.array[:, :, :, 0])
         array = opened.array
         d, h, w = (
             r[0] * axis.stride + t[0] * axis.dilation - axis.lo - start
@@ -116,16 +158,18 @@ class Windows:
         ]
         steps += [of_w * (width.stride // apart) * (rows.sizes[3] > 1)]
         steps += [n * a.dilation * (size > 1) for n, a, size in zip((of_d, of_h), self._axes, many, strict=False)]
+        found = []
         for tap in range(min(each, many[2])):
             at = w + tap * width.dilation
             to = columns[..., tap::each, :]
             by_tap = of_w * (each * width.dilation // apart) * (to.shape[6] > 1)
             corner = array[:, d:, h:, at % apart, at // apart :]
-            copy(to, as_strided(corner, to.shape, (of_b, *steps, by_tap, of_c)))
+            found.append((to, as_strided(corner, to.shape, (of_b, *steps, by_tap, of_c))))
+        return found
 
-    def _copy_taps(self, rows: Box, taps: Taps, columns: Array) -> None:
-        columns[...] = 0
-        fine = self._fine[slice(*rows.batch)]
+    def _by_tap(self, rows: Box, taps: Taps, columns: Array, fine: Array) -> list[tuple[Array, Array]]:
+        """Return the columns of every tap whose values lie inside the fine array, and where those are."""
+        found = []
         for tap in product(*(range(*t) for t in taps)):
             to, source = [], []
             for axis, a, (start, stop) in zip(self._axes, tap, rows[1:], strict=True):
@@ -136,7 +180,8 @@ class Windows:
                 at = first * axis.stride + shift
                 source.append(slice(at, at + (last - first) * axis.stride, axis.stride) if first < last else slice(0))
             d, h, w = (a - start for a, (start, _) in zip(tap, taps, strict=True))
-            copy(columns[..., d, h, w, :][:, *to], fine[:, *source])
+            found.append((columns[..., d, h, w, :][:, *to], fine[:, *source]))
+        return found
 
 
 def span(axis: Axis, rows: Range, taps: Range) -> Range:
