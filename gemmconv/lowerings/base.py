@@ -30,6 +30,8 @@ T = TypeVar("T")
 _ALIGNMENT = 64
 # Bytes of a run that NumPy copies faster as one item.
 _SHORT_BYTES = 512
+# Bytes between lines of which half a first cache holds a few only.
+_CONFLICT = 2048
 # Of how many keys a workspace keeps views.
 _MOST_VIEWS = 64
 
@@ -380,6 +382,22 @@ def copy(to: Array, source: Array) -> None:
         np.copyto(as_items(to, size), as_items(source, size))
     else:
         np.copyto(to, source, casting="unsafe")
+
+
+def copy_turned(to: Array, source: Array) -> None:
+    """Copy matrices to transposed ones: of the two last axes of `to` and `source`.
+
+    Lines that begin at the same few places in their pages push each other out of the first cache: they are copied apart
+    before.
+    """
+    if source.strides[-2] % _CONFLICT:
+        np.copyto(to, source.swapaxes(-1, -2), casting="unsafe")
+        return
+    lines, size = source.shape[-2:]
+    apart = np.empty((lines, size + _ALIGNMENT // to.itemsize), to.dtype)[:, :size]
+    for index in np.ndindex(source.shape[:-2]):
+        np.copyto(apart, source[index], casting="unsafe")
+        np.copyto(to[index], apart.T)
 
 
 def item_size(problem: Problem, channels: int) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, Box, Operands, Workspace, address, five, must_widen
+from gemmconv.lowerings.base import Array, Box, Operands, Workspace, address, copy_turned, five, must_widen
 from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, unpacked_s
 from gemmconv.lowerings.products import multiply, multiply_tiles, parts_values, unpacked
 from gemmconv.problem import Axis, Problem
@@ -185,7 +185,7 @@ def turn(filter: Array, packed: Array, columns: int, part: int, parts: int) -> N
     cin = filter.shape[-1]
     tiles = filter.size // (columns * cin)
     mine = slice(tiles * part // parts, tiles * (part + 1) // parts)
-    np.copyto(packed.reshape(-1, cin, columns)[mine], filter.reshape(-1, columns, cin)[mine].swapaxes(1, 2))
+    copy_turned(packed.reshape(-1, cin, columns)[mine], filter.reshape(-1, columns, cin)[mine])
 
 
 def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int = 0) -> list[int]:

@@ -34,7 +34,7 @@ _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
 # A value of a filter that is turned, before the blocks; large filters by all workers.
-TURNED_VALUE_S = 2.4e-9
+TURNED_VALUE_S = 1.4e-9
 # What a run costs more that is read from memory, beyond any cache, and does not follow the one before.
 _FAR_RUN_S = 60e-9
 # A value added with neither side in inner loops that are beside each other, as columns stored with channels first.

@@ -31,6 +31,7 @@ from gemmconv.lowerings.base import (
     aligned,
     as_items,
     canonical,
+    copy_turned,
     digit,
     five,
     item_size,
@@ -61,8 +62,8 @@ WIDE = 64
 STEP_S = 7e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
 MOST_WORKSPACE = 12
-# Bytes of a filter that are packed together, in cache.
-_PACKED_TOGETHER = 1 << 19
+# Bytes of a filter that are packed together: large steps are faster than small ones in cache.
+_PACKED_TOGETHER = 1 << 22
 
 # For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
 _FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
@@ -315,7 +316,7 @@ class Filtered:
         size = math.prod(problem.filter_shape) * packed.itemsize
         for rows, of_u in pieces(part, parts, cin, self.axes[0].kernel, size):
             turned = np.empty(taps[of_u, ..., rows, :].shape, packed.dtype)
-            np.copyto(turned, taps[of_u, ..., rows, :], casting="unsafe")
+            copy_turned(turned, taps[of_u, ..., rows, :].swapaxes(-1, -2))
             at = 0
             for first in self.lines[0]:
                 along_a = np.empty((first.filters, *turned.shape[:2], *turned.shape[3:]), packed.dtype)
