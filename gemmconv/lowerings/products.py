@@ -159,6 +159,11 @@ def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
     Tiled(a, tiles.shape[-1], out)(tiles[..., np.newaxis, :, :])
 
 
+def largest_rows(columns: int, k: int) -> int:
+    """Return the most rows of a product with so many columns and this depth, that can be one row longer."""
+    return max(2, _most() // (columns * k) - 1)
+
+
 def _most() -> int:
     """Return the largest product that is cut: some are formed with one row and one column more."""
     return small_products() * 7 // 8
