@@ -33,7 +33,7 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.columns import Columns, Piece, columns_values, formed_s, turn
+from gemmconv.lowerings.columns import Columns, Piece, across, columns_values, formed_s, turn
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
     MOST_STEPS_KEPT,
@@ -156,7 +156,11 @@ class ByTaps(AsItLies):
 
     @property
     def largest_product(self) -> int:
-        return LARGEST if self.turned else self.rows * self.taps * self.channels * self.depth
+        # The fewest rows of a product are a whole line, unless lines are cut.
+        fewest = self.axes[2].coarse if len(self.cuts[3]) == 1 else 1
+        if self.turned or across(self.problem, fewest, self.cuts[4].shortest):
+            return LARGEST
+        return self.rows * self.taps * self.channels * self.depth
 
     @property
     def workspace_bytes(self) -> int:

@@ -152,7 +152,7 @@ class Columns:
         """Return the rows of a hull turned to columns, unless they are what is held already."""
         turned = self._turned_rows[: self._cin * rows.m].reshape(self._cin, rows.m)
         if self._held != (rows.hull, 0):
-            np.copyto(turned, self._flat(rows).T)
+            copy_turned(turned, self._flat(rows))
             self._held = (rows.hull, 0)
         return turned
 
@@ -178,6 +178,11 @@ def few_rows(problem: Problem) -> bool:
         and not must_widen(problem)
         and math.prod(problem.filter_shape) >= _LARGE
     )
+
+
+def across(problem: Problem, rows: int, channels: int) -> bool:
+    """Whether few rows are multiplied with any piece of so many rows of the filter without packing."""
+    return few_rows(problem) and min(rows, channels) > 1 and channels * problem.cin >= _LARGE
 
 
 def turn(filter: Array, packed: Array, columns: int, part: int, parts: int) -> None:
