@@ -111,11 +111,15 @@ class Plan:
         """Groups that are done as one."""
         return 1 if self.schedule is None else self.problem.groups // self.schedule.problem.groups
 
-    @property
+    @cached_property
     def feeds(self) -> int:
         """Workers that the blocks can keep busy, on any machine."""
         work = max(self.flops // _WORKER_FLOPS, self.bytes_moved // _WORKER_BYTES)
         return max(1, min(self.blocks, work))
+
+    @cached_property
+    def _needs(self) -> running.Needs | None:
+        return None if self.schedule is None else running.needs(self.schedule)
 
     @property
     def used_workers(self) -> int:
@@ -439,6 +443,7 @@ class Plan:
                 operands[0],
                 operands[1],
                 result,
+                needed=self._needs,
                 bias=bias,
                 packed=packed,
                 progress=progress,

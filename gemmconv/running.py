@@ -111,6 +111,20 @@ def of_group(problem: Problem, role: Role, array: Array, group: int) -> Array:
     return array[:, mine] if problem.layout == "NCDHW" and role != "filter" else array[..., mine]
 
 
+class Needs(NamedTuple):
+    """What a schedule needs, which takes longer to ask for than a small product."""
+
+    blocks: int
+    workspace_bytes: int
+    limit_blas: bool
+
+
+def needs(schedule: Schedule) -> Needs:
+    """Return what a schedule needs."""
+    limit = schedule.largest_product > serial_products()
+    return Needs(schedule.count, schedule.workspace_bytes, limit)
+
+
 def run(
     schedule: Schedule,
     problem: Problem,
@@ -120,6 +134,7 @@ def run(
     second: Array,
     result: Array,
     *,
+    needed: Needs | None = None,
     bias: Array | None = None,
     packed: Packed | None = None,
     progress: Progress | None = None,
@@ -137,7 +152,7 @@ def run(
     if not packed.usable or (adds_zeros and not is_finite(first)):
         if excerpt is not None:
             raise NotFiniteError
-        schedule = _complete(problem, machine)
+        schedule, needed = _complete(problem, machine), None
         packed = pack(schedule, problem, second, workers)
     pack_s = time.perf_counter() - pack_s
     wholes = [first, packed.second, result]
@@ -151,10 +166,11 @@ def run(
         if problem.roles[1] != "filter":
             shapes = shapes[0], problem.operand_shapes[1], shapes[2]
         wholes = [placed(*part) for part in zip(wholes, excerpt[1:], shapes, strict=True)]
+    needed = needed or needs(schedule)
     parts = _by_group(schedule.problem, wholes, packed.values, (x, w, y), bias)
-    blocks: Sequence[int] = range(len(parts) * schedule.count) if excerpt is None else excerpt.blocks
+    blocks: Sequence[int] = range(len(parts) * needed.blocks) if excerpt is None else excerpt.blocks
     count = len(blocks)
-    workspaces = _acquire(min(workers, count), schedule.workspace_bytes, problem.compute_dtype)
+    workspaces = _acquire(min(workers, count), needed.workspace_bytes, problem.compute_dtype)
     clocks = [profile.Clock() if looking else None for _ in workspaces]
     for workspace, clock in zip(workspaces, clocks, strict=True):
         workspace.clock = clock
@@ -172,10 +188,9 @@ def run(
             clock("overhead")
 
     run_s = time.perf_counter()
-    limit = schedule.largest_product > serial_products()
     finite = True
     try:
-        threads.run(task, count, len(workspaces), limit_blas=limit)
+        threads.run(task, count, len(workspaces), limit_blas=needed.limit_blas)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
         finite = False
     run_s = time.perf_counter() - run_s

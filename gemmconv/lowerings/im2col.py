@@ -95,6 +95,7 @@ class Im2Col:
     whole_behind = 3
     reads_beyond = 1
     wants_finite_value = False
+    wants_finite_filter = False  # results are looked at instead, while they are in cache
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
@@ -153,15 +154,6 @@ class Im2Col:
     def padded(self) -> bool:
         """Whether zeros around the fine array are multiplied with the filter: with NaN or Inf in it they are NaN."""
         return not all(inside(axis) for axis in self.axes)
-
-    @property
-    def wants_finite_filter(self) -> bool:
-        """Whether the filter is looked at before, not the results, which are fewer where it is large."""
-        return self.padded and not self._looks_at_results
-
-    @property
-    def _looks_at_results(self) -> bool:
-        return self.padded and math.prod(self.problem.filter_shape) > math.prod(self.problem.coarse_shape)
 
     @property
     def packed_values(self) -> int:
@@ -262,7 +254,7 @@ class Im2Col:
         if small:
             # Of zero too, for its sign: products that underflow give -0.0.
             np.add(sums, start, sums)
-        if self._looks_at_results and not is_finite(sums) and not is_finite(taps):
+        if self.padded and not is_finite(sums) and not is_finite(taps):
             raise NotFiniteError
         if not self.direct:
             if problem.dtype.kind == "c":
