@@ -27,7 +27,7 @@ from gemmconv.problem import Problem, Role
 
 Progress = Callable[[int, int], None]
 # A packed filter that is large enough for several workers: handing it to them takes about 0.1 ms.
-_LARGE_FILTER = 1 << 23
+_LARGE_FILTER = 3 << 20
 
 # No lock: single operations on a dict and a deque are atomic, so a fork or an interrupt cannot leave one behind.
 _idle: dict[np.dtype[Any], deque[Workspace]] = {}

@@ -48,7 +48,7 @@ class Workspace:
         raw = np.empty(size + _ALIGNMENT, np.uint8)
         self._memory = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
         self.used = 0
-        self._kept: tuple[Operands, Any, int] | None = None
+        self._kept: tuple[Operands, Any] | None = None
         self._views: dict[int, tuple[object, Any, int]] = {}
         self.size = size
         self.gemm = Gemm(dtype)
@@ -59,12 +59,10 @@ class Workspace:
         self.used = 0
 
     def once(self, operands: Operands, make: Callable[[], T]) -> T:
-        """Return what `make` makes of an empty workspace, with what that took: made for the first block of a call."""
+        """Return what `make` makes of the operands of a call, for its first block; it takes nothing."""
         if self._kept is None or self._kept[0] is not operands:
-            self.reset()
-            made = make()
-            self._kept = operands, made, self.used
-        _, found, self.used = self._kept
+            self._kept = operands, make()
+        found: T = self._kept[1]
         return found
 
     def views(self, key: object, make: Callable[[], T]) -> T:

@@ -36,7 +36,7 @@ from gemmconv.lowerings.base import (
     store,
 )
 from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, meetings, pieces, sample
-from gemmconv.lowerings.columns import Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
@@ -153,10 +153,10 @@ class ByPlanes(AsItLies):
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
         problem, axes = self.problem, self.axes
-        columns = workspace.once(
-            operands,
-            lambda: Columns(problem, axes, operands, workspace, self.rows, self.taps, self.depth, self.widens),
+        buffers = workspace.views(
+            self, lambda: Buffers(problem, workspace, self.rows, self.taps, self.depth, self.widens)
         )
+        columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
         program, clock = self._program(index), workspace.clock
         sums = workspace.take(*program.shape)
         sums[...] = operands.start((0, problem.cout), 3)

@@ -32,7 +32,7 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.columns import Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
@@ -190,10 +190,10 @@ class ByRows(AsItLies):
         if self._run >= SHORT_RUN:
             np.setbufsize(SMALLEST_BUFFER)
         problem, axes = self.problem, self.axes
-        columns = workspace.once(
-            operands,
-            lambda: Columns(problem, axes, operands, workspace, self.rows, self.taps, self.depth, self.widens),
+        buffers = workspace.views(
+            self, lambda: Buffers(problem, workspace, self.rows, self.taps, self.depth, self.widens)
         )
+        columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
         program = self._program(index)
         if self.channels_last:
             sums = workspace.take(*program.shape[1:], program.shape[0]).transpose(7, 0, 1, 2, 3, 4, 5, 6)

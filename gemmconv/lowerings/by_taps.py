@@ -33,7 +33,7 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.columns import Columns, Piece, across, columns_values, formed_s, turn
+from gemmconv.lowerings.columns import Buffers, Columns, Piece, across, columns_values, formed_s, turn
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
     MOST_STEPS_KEPT,
@@ -224,20 +224,13 @@ class ByTaps(AsItLies):
             spans = zip(axes, block[1:4], self._before, strict=True)
             output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = start
         clock = workspace.clock
-        columns = workspace.once(
-            operands,
-            lambda: Columns(
-                problem,
-                axes,
-                operands,
-                workspace,
-                self.rows,
-                self.taps * self.channels,
-                self.depth,
-                self.widens,
-                self.turned,
+        buffers = workspace.views(
+            self,
+            lambda: Buffers(
+                problem, workspace, self.rows, self.taps * self.channels, self.depth, self.widens, self.turned
             ),
         )
+        columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
         sums = None if self.direct else workspace.take(*self._sums_shape(block))
         for (d, h), steps in zip(block.pairs, self._program(index), strict=True):
             depth, height = self.phases[0][d], self.phases[1][h]

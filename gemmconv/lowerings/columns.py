@@ -41,52 +41,50 @@ class Rows(NamedTuple):
     ld: int
 
 
+class Buffers:
+    """What columns take of a workspace, kept for later calls: the columns, and what is widened, turned or added."""
+
+    def __init__(
+        self, problem: Problem, workspace: Workspace, rows: int, taps: int, depth: int, widens: bool, turned: int = 0
+    ) -> None:
+        self.problem, self.depth, self.widens, self.turned = problem, depth, widens, turned
+        self.gemm = workspace.gemm
+        self.columns, self.rows, self.taps, self.turned_rows, self.across, self.parts = map(
+            workspace.take, columns_values(problem, rows, taps, depth, widens, turned)
+        )
+        # Asking an array for its address costs about as much as a small addition.
+        self.columns_at, self.rows_at, self.taps_at = map(address, (self.columns, self.rows, self.taps))
+        self.channels_first = problem.layout == "NCDHW"
+        self.few = few_rows(problem) and not turned
+        self.unpacked = self.channels_first and not widens and not turned and unpacked(problem)
+
+
 class Columns:
-    """Forms columns for one block, in `buffer`.
+    """Forms columns of the operands of one call, in `buffer`.
 
     Operands in the dtype of the sums are used as they lie. Others are widened, `depth` channels at a time, into arrays
     of the workspace that hold `rows` and `taps`, never as a whole. With `turned` the packed filter is used, in tiles
     of so many columns, as `turn` makes them.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        axes: Sequence[Axis],
-        operands: Operands,
-        workspace: Workspace,
-        rows: int,
-        taps: int,
-        depth: int,
-        widens: bool,
-        turned: int = 0,
-    ) -> None:
-        sizes = [axis.coarse for axis in axes]
-        self.buffer = workspace.take(rows * taps)
-        self._cin, self._depth, self._widens = problem.cin, depth, widens
-        self._pitch = problem.pitch
-        self._transposed = problem.layout == "NCDHW"
+    def __init__(self, buffers: Buffers, axes: Sequence[Axis], operands: Operands) -> None:
+        problem, turned = buffers.problem, buffers.turned
+        self._buffers, self.buffer = buffers, buffers.columns
+        self._cin, self._pitch = problem.cin, problem.pitch
         self._steps = operands.steps[0]
-        self._gemm = workspace.gemm
+        self._gemm = buffers.gemm
         self._filter = operands.filter.reshape(-1, problem.cin)
-        self._grid = five(problem.layout, operands.value, problem.batch, sizes, problem.cin)
+        self._grid = five(problem.layout, operands.value, problem.batch, [axis.coarse for axis in axes], problem.cin)
         self._held: tuple[Box, int] | None = None
         self._tiles = operands.packed.reshape(-1, problem.cin, turned) if turned else None
-        self._few = few_rows(problem) and not turned
-        self._unpacked = self._transposed and not widens and not turned and unpacked(problem)
-        self._rows, self._taps, self._turned_rows, self._across, self._parts = map(
-            workspace.take, _extra_values(problem, rows, taps, depth, widens, turned)
-        )
-        # Asking an array for its address costs about as much as a small addition.
-        arrays = (operands.value, operands.filter, self.buffer, self._rows, self._taps)
-        self._value_at, self._filter_at, self._buffer_at, self._rows_at, self._taps_at = map(address, arrays)
+        self._value_at, self._filter_at = address(operands.value), address(operands.filter)
 
     def locate(self, hull: Box) -> Rows:
         """Return where a hull's rows are, for any number of calls of `form`."""
         (b, _), (d, _), (h, _), (w, _) = hull
         of_b, of_d, of_h, of_w, of_c = self._steps
         offset = b * of_b + d * of_d + h * of_h + w * of_w
-        ld = of_c if self._transposed else of_w
+        ld = of_c if self._buffers.channels_first else of_w
         return Rows(hull, math.prod(hull.sizes), self._value_at + offset * self._gemm.itemsize, ld)
 
     def form(self, rows: Rows, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
@@ -94,43 +92,43 @@ class Columns:
 
         Columns lie [row, tap] or, tap_major, [tap, row].
         """
-        cin, m = self._cin, rows.m
+        cin, m, buffers = self._cin, rows.m, self._buffers
         if self._tiles is not None:
             value, to, n = self._flat(rows), self.buffer[: m * ld].reshape(m, ld), self._tiles.shape[2]
             for piece in pieces:
                 tiles = self._tiles[piece.first // n : (piece.first + piece.rows) // n]
                 multiply_tiles(value, tiles, to[:, piece.column : piece.column + piece.rows])
             return
-        if not self._widens:
+        if not buffers.widens:
             for piece in pieces:
-                if self._few and min(m, piece.rows) > 1 and piece.rows * cin >= _LARGE:
+                if buffers.few and min(m, piece.rows) > 1 and piece.rows * cin >= _LARGE:
                     self._form_across(self._as_columns(rows), piece, ld, tap_major)
-                elif self._unpacked and tap_major and m >= _VECTOR and piece.rows > 1:
+                elif buffers.unpacked and tap_major and m >= _VECTOR and piece.rows > 1:
                     self._form_across(self._flat(rows).T, piece, ld, tap_major)
                 else:
                     at = self._filter_at + piece.first * self._pitch * self._gemm.itemsize
                     self._multiply(m, cin, rows.address, rows.ld, piece, at, self._pitch, ld, tap_major, False)
             return
-        for start in range(0, cin, self._depth):
+        for start in range(0, cin, buffers.depth):
             self._widen(rows.hull, start)
-            k = min(self._depth, cin - start)
+            k = min(buffers.depth, cin - start)
             for piece in pieces:
                 part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
-                np.copyto(self._taps[: part.size].reshape(part.shape), part, casting="unsafe")
-                ld_rows = m if self._transposed else k
-                self._multiply(m, k, self._rows_at, ld_rows, piece, self._taps_at, k, ld, tap_major, start > 0)
+                np.copyto(buffers.taps[: part.size].reshape(part.shape), part, casting="unsafe")
+                ld_rows = m if buffers.channels_first else k
+                self._multiply(m, k, buffers.rows_at, ld_rows, piece, buffers.taps_at, k, ld, tap_major, start > 0)
 
     def _multiply(
         self, m: int, k: int, rows: int, ld_rows: int, piece: Piece, taps: int, ld_taps: int,
         ld: int, tap_major: bool, accumulate: bool,
     ) -> None:  # fmt: skip
-        gemm = self._gemm
+        gemm, channels_first = self._gemm, self._buffers.channels_first
         if tap_major:
-            to = self._buffer_at + piece.column * ld * gemm.itemsize
-            gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not self._transposed, to, ld, accumulate)
+            to = self._buffers.columns_at + piece.column * ld * gemm.itemsize
+            gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not channels_first, to, ld, accumulate)
         else:
-            to = self._buffer_at + piece.column * gemm.itemsize
-            gemm(m, piece.rows, k, rows, ld_rows, self._transposed, taps, ld_taps, True, to, ld, accumulate)
+            to = self._buffers.columns_at + piece.column * gemm.itemsize
+            gemm(m, piece.rows, k, rows, ld_rows, channels_first, taps, ld_taps, True, to, ld, accumulate)
 
     def _form_across(self, value: Array, piece: Piece, ld: int, tap_major: bool) -> None:
         """Form the columns of a piece of the filter as it lies and of rows [cin, row], without packing."""
@@ -139,8 +137,8 @@ class Columns:
         if tap_major:
             to = self.buffer[piece.column * ld : (piece.column + n) * ld].reshape(n, ld)[:, :m]
         else:
-            to = self._across[: n * m].reshape(n, m)
-        multiply(taps, value, to, self._parts)
+            to = self._buffers.across[: n * m].reshape(n, m)
+        multiply(taps, value, to, self._buffers.parts)
         if not tap_major:
             np.copyto(self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + n], to.T)
 
@@ -150,7 +148,7 @@ class Columns:
 
     def _as_columns(self, rows: Rows) -> Array:
         """Return the rows of a hull turned to columns, unless they are what is held already."""
-        turned = self._turned_rows[: self._cin * rows.m].reshape(self._cin, rows.m)
+        turned = self._buffers.turned_rows[: self._cin * rows.m].reshape(self._cin, rows.m)
         if self._held != (rows.hull, 0):
             copy_turned(turned, self._flat(rows))
             self._held = (rows.hull, 0)
@@ -160,9 +158,10 @@ class Columns:
         """Widen the rows of a hull, unless they are what is held already; the layout stays."""
         if self._held == (hull, start):
             return
-        part = self._grid[(*(slice(*r) for r in hull), slice(start, min(start + self._depth, self._cin)))]
-        layout = "NCDHW" if self._transposed else "NDHWC"
-        to = five(layout, self._rows[: part.size], part.shape[0], part.shape[1:4], part.shape[4])
+        part = self._grid[(*(slice(*r) for r in hull), slice(start, min(start + self._buffers.depth, self._cin)))]
+        to = five(
+            self._buffers.problem.layout, self._buffers.rows[: part.size], part.shape[0], part.shape[1:4], part.shape[4]
+        )
         np.copyto(to, part, casting="unsafe")
         self._held = (hull, start)
 
@@ -194,20 +193,16 @@ def turn(filter: Array, packed: Array, columns: int, part: int, parts: int) -> N
 
 
 def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int = 0) -> list[int]:
-    """Return the values that `Columns` takes of a workspace, one array after the other."""
-    return [rows * taps, *_extra_values(problem, rows, taps, depth, widens, turned)]
-
-
-def _extra_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int) -> list[int]:
-    cin, item = problem.cin, problem.compute_dtype.itemsize
+    """Return the values that `Buffers` takes of a workspace, one array after the other."""
+    cin, item, columns = problem.cin, problem.compute_dtype.itemsize, rows * taps
     if widens:
-        return [rows * depth, taps * depth, 0, 0, 0]
+        return [columns, rows * depth, taps * depth, 0, 0, 0]
     if turned:
-        return [0] * 5
+        return [columns, *[0] * 5]
     if few_rows(problem):
-        return [0, 0, rows * cin, rows * taps, parts_values(taps, rows, cin, item)]
-    across = problem.layout == "NCDHW" and unpacked(problem)
-    return [0, 0, 0, 0, parts_values(taps, rows, cin, item) if across else 0]
+        return [columns, 0, 0, rows * cin, columns, parts_values(taps, rows, cin, item)]
+    by_columns = problem.layout == "NCDHW" and unpacked(problem)
+    return [columns, 0, 0, 0, 0, parts_values(taps, rows, cin, item) if by_columns else 0]
 
 
 def formed_s(problem: Problem, m: float, n: float, *, tap_major: bool, turned: int = 0, spilled: bool = False) -> float:
