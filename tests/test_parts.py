@@ -44,7 +44,7 @@ from test_relation import (
     random_problem,
 )
 
-from gemmconv.lowerings import CannotLowerError, filtered
+from gemmconv.lowerings import CannotLowerError
 from gemmconv.machine import Machine
 from gemmconv.part import Part
 from gemmconv.plan import ALGORITHMS, make_plan
@@ -239,7 +239,7 @@ def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, name, monkeypat
 
     Boxes that tile the result, written into views of one array, make up the whole, and no block is run for two of them.
     """
-    monkeypatch.setattr(filtered, "_POSITIONS", (8, 64))  # several blocks of small problems
+    monkeypatch.setattr("gemmconv.lowerings.tiling._POSITIONS", (8, 64))  # several blocks of small problems
     rng = np.random.default_rng([702, BY_NAME.index((operation, name))])
     count, off, grouped = {}, 0, 0
     for i, plan in enumerate(made(rng, operation, name, DTYPES, 3000, 48)):

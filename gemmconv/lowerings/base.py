@@ -355,6 +355,15 @@ class Cut(Sequence[Range]):
         return self.size // self.parts
 
 
+def located(index: int, cuts: Sequence[Cut]) -> tuple[int, list[Range]]:
+    """Return the ranges that the last digits of a block's index stand for, and the digits before them."""
+    found: list[Range] = []
+    for cut in reversed(cuts):
+        index, at = divmod(index, len(cut))
+        found.insert(0, cut[at])
+    return index, found
+
+
 def must_widen(problem: Problem) -> bool:
     """Whether operands cannot be used as they lie: half precisions, and distances that BLAS' integers cannot hold."""
     return problem.dtype != problem.compute_dtype or too_far(problem)

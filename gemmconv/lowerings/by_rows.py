@@ -28,6 +28,7 @@ from gemmconv.lowerings.base import (
     canonical,
     digit,
     five,
+    located,
     must_widen,
     simplified,
     store,
@@ -114,12 +115,8 @@ class ByRows(AsItLies):
 
     def block(self, index: int) -> Block:
         """Return a block."""
-        spans = []
-        for cut in reversed(self.cuts):
-            index, i = divmod(index, len(cut))
-            spans.append(cut[i])
-        width, height, depth, batch = spans
-        return Block(batch, depth, height, width)
+        _, spans = located(index, self.cuts)
+        return Block(*spans)
 
     @property
     def largest_product(self) -> int:

@@ -29,6 +29,7 @@ from gemmconv.lowerings.base import (
     canonical,
     digit,
     five,
+    located,
     must_widen,
     simplified,
     store,
@@ -136,12 +137,8 @@ class ByTaps(AsItLies):
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
-        spans = []
         index, group = divmod(index, len(self.groups))
-        for cut in reversed(self.cuts):
-            index, i = divmod(index, len(cut))
-            spans.append(cut[i])
-        channels, width, height, depth, batch = spans
+        _, (batch, depth, height, width, channels) = located(index, self.cuts)
         return Block(batch, depth, height, width, channels, self.groups[group])
 
     @property

@@ -11,7 +11,7 @@ another lowering, as in winograd.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations, product
@@ -24,88 +24,45 @@ from gemmconv.lowerings.base import (
     Bounds,
     Cut,
     Index,
-    NotFiniteError,
     Operands,
     Range,
     Workspace,
     aligned,
-    as_items,
     canonical,
     copy_turned,
     digit,
-    five,
-    item_size,
-    store,
 )
-from gemmconv.lowerings.cost import (
-    MOST_STEPS_KEPT,
-    SMALLEST_BUFFER,
-    TURNED_VALUE_S,
-    copy_s,
-    pass_s,
-    unpacked_s,
-)
-from gemmconv.lowerings.minimal import RESULTS, Line, combine_rows, combine_sums, combine_taps, lines_of
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, pass_s, unpacked_s
+from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
-from gemmconv.lowerings.products import LARGEST, Tiled, tile_columns, unpacked
+from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
+from gemmconv.lowerings.tiling import (
+    MOST_WORKSPACE,
+    PARTS,
+    STEP_S,
+    WIDE,
+    Block,
+    Combining,
+    Output,
+    Rows,
+    Strand,
+    Tiling,
+    behind,
+    beyond,
+    combined,
+    cuts_of,
+    length_of,
+    order_of,
+    pieces,
+    seen,
+    strands,
+    tile_size,
+)
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
-# Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
-# WIDE.
-_POSITIONS = (256, 512, 1024, 2048, 4096)
-PARTS = (1, 2, 4, 8)
-_PIECES = (1, 2)
-WIDE = 64
-# What a step costs beside its work: Python, and with several workers the time to be woken when another one was in
-# Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
-STEP_S = 7e-6
-# The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
-MOST_WORKSPACE = 12
-# Bytes of a filter that are packed together: large steps are faster than small ones in cache.
-_PACKED_TOGETHER = 1 << 22
-
-# For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
-_FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
-
 # An axis along which nothing is combined: that of batch entries.
 ALONE = (Line(0, (0,), 0, results=1),)
-
-
-class Block(NamedTuple):
-    """A box of the output: q of two axes, tiles of two more, output channels."""
-
-    u: Range
-    v: Range
-    a: Range
-    b: Range
-    channels: Range
-
-
-# Rows of the tiles, and those of the points they are combined to.
-Rows = tuple[list[Array], list[Array]]
-
-
-class Combining:
-    """The sums of points [point, point, u, v, ...], which a call combines to results in place.
-
-    They begin with what is added to them: zero too, for its sign, since products that underflow give -0.0.
-    """
-
-    __slots__ = ("_begins", "_first", "_second", "results")
-
-    def __init__(self, sums: Array, first: Line, second: Line) -> None:
-        self._second = [*sums.swapaxes(0, 1)]
-        sums = sums[:, : second.results]
-        self._begins = sums[: first.results]  # those that others are added to
-        self._first = [*sums]
-        self.results = sums[: first.results]
-
-    def __call__(self, start: Array | int) -> Array:
-        combine_sums(self._second)
-        np.add(self._begins, start, self._begins)
-        combine_sums(self._first)
-        return self.results
 
 
 class Tap(NamedTuple):
@@ -122,10 +79,6 @@ class Target(NamedTuple):
     sizes: tuple[int, int]
     taps: list[Tap]
     whole: bool
-
-
-# A run of places that are evenly apart: of the cells or results of an axis, the places, and the rows or fine positions.
-Strand = tuple[int, slice, slice]
 
 
 class Layout(NamedTuple):
@@ -165,7 +118,7 @@ class Views(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Filtered:
+class Filtered(Tiling):
     """A schedule; see the module.
 
     The last two of four axes are filtered. Batch entries are one of them: the second, or the last if a single one is
@@ -182,23 +135,9 @@ class Filtered:
     gaps: bool
     programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
-    wants_finite_filter = False  # what is not finite makes results that are not
-    wants_finite_value = False
-    whole_behind = 3
-    largest_product = LARGEST
-
     @property
     def reads_beyond(self) -> int:
         return beyond(self.lines[0] + self.lines[1])
-
-    @property
-    def count(self) -> int:
-        return math.prod(map(len, self.cuts))
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The axes in the order in which they lie: 0 for batch entries, 1 to 3 for depth, height and width."""
-        return order_of(self.along)
 
     @property
     def units(self) -> tuple[int, int, int, int]:
@@ -212,14 +151,6 @@ class Filtered:
             of_axis = slots(axis, tiled=False)
             found.append(digit(of, (of_axis.span(axis, (unit * p, unit * q)) for p, q in cut)))
         return [*found, digit(4, self.cuts[4])]
-
-    def block(self, index: int) -> Block:
-        """Return a block; those of the same rows follow each other."""
-        spans = []
-        for cut in reversed(self.cuts):
-            index, at = divmod(index, len(cut))
-            spans.append(cut[at])
-        return Block(*reversed(spans))
 
     @property
     def packed_values(self) -> int:
@@ -303,10 +234,6 @@ class Filtered:
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
         return self.count * total + filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
 
-    def pack(self, filter: Array, packed: Array) -> None:
-        """Pack the whole filter."""
-        self.pack_part(filter, packed, 0, 1)
-
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Turn taps to tiles, combine them along both axes, and lay them out; a part is some of the input channels."""
         problem, arrays = self.problem, self._packed(packed)
@@ -342,12 +269,9 @@ class Filtered:
         clock, block, program = workspace.clock, self.block(index), self._program(index)
         views = workspace.views(program.layout, lambda: self._views(program.layout, workspace))
         value, output, filters = workspace.once(operands, lambda: self._opened(operands))
-        output, start = output[..., slice(*block.channels)], operands.start(block.channels)
-        size = item_size(self.problem, block.channels[1] - block.channels[0])
+        mine, start = Output(self.problem, output, block.channels), operands.start(block.channels)
         if program.region is not None:
-            output[program.region] = start
-        if size:
-            output = as_items(output, size)
+            mine.array[program.region] = start
         tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
         if program.layout.padded:
             views.cells[...] = 0
@@ -362,32 +286,22 @@ class Filtered:
                 _multiply(target, filter, tiles)
                 if clock:
                     clock("gemm")
-                results = target.combines(start)
-                if not np.isfinite(np.add.reduce(results, axis=None)):
-                    raise NotFiniteError
+                target.combines(start)
                 if clock:
                     clock("col2im")
-                for place, found in zip(places, target.stored, strict=True):
-                    if size:
-                        np.copyto(output[place], found)
-                    else:
-                        store(output[place], found)
+                mine.write(places, target.stored)
                 if clock:
                     clock("store")
 
     def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[list[Array]]]]:
         """Return the value and the output with axes in order, and of each pair of lines the filter of every tap."""
-        problem, axes = self.problem, canonical(self.problem.axes)
-        value = five(problem.layout, operands.value, problem.batch, [axis.coarse for axis in axes], problem.cin)
-        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
-        value, output = (array.transpose(*self.order, 4) for array in (value, output))
-        size = item_size(problem, problem.cin)
+        value, output = self._in_order(operands)
         taps = [range(axis.kernel) for axis in self.axes[:2]]
         filters = [
             [[filter[:, :, i, j, np.newaxis, :, np.newaxis] for j in taps[1]] for i in taps[0]]
             for filter in self._packed(operands.packed)
         ]
-        return as_items(value, size) if size else value, output, filters
+        return seen(self.problem, value), output, filters
 
     def _views(self, layout: Layout, workspace: Workspace) -> Views:
         cells, *arrays = (workspace.take(*shape) for shape in layout.shapes)
@@ -404,25 +318,11 @@ class Filtered:
                     of_target = sums[: math.prod(shape)].reshape(shape)
                     combines = Combining(of_target, first, second)
                     taps = list(_taps(rows, target, of_target, found, self.columns))
-                    stored = [combines.results[at] for at in layout.results[i * len(self.lines[1]) + j]]
-                    size = item_size(self.problem, shape[-1])
-                    stored = [as_items(array, size) for array in stored] if size else stored
+                    results = layout.results[i * len(self.lines[1]) + j]
+                    stored = [seen(self.problem, combines.results[at]) for at in results]
                     targets.append(TargetViews(None if target.whole else of_target, taps, combines, stored))
                 lines.append(([*of_a, *of_b] if j == 0 else of_b, targets))
-        size = item_size(self.problem, self.problem.cin)
-        filled = [as_items(cells[at], size) if size else cells[at] for at in layout.cells]
-        return Views(cells, filled, lines)
-
-    def _program(self, index: int) -> Program:
-        """Return what a block does: made once for schedules of few steps, where making it would take long."""
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            layout = program.layout
-            if sum(len(target.taps) for target in layout.targets) * self.count <= MOST_STEPS_KEPT:
-                same = (other.layout for other in self.programs.copy().values() if other.layout == layout)
-                self.programs[index] = program = program._replace(layout=next(same, layout))
-        return program
+        return Views(cells, [seen(self.problem, cells[at]) for at in layout.cells], lines)
 
     def _made(self, block: Block) -> Program:
         spans = block[:4]
@@ -496,24 +396,6 @@ class Filtered:
         return Target(sizes, taps, whole), (fine_u, fine_v)
 
 
-def combined(
-    rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int, memory: Array
-) -> tuple[Array, list[Rows]]:
-    """Return where rows of a line's points lie along one of the filtered axes, and what is combined to them.
-
-    Rows are [which, which, u, v, place, place, channel], and those of points [point, ...] along that axis. Those of a
-    single point are what they are combined of.
-    """
-    if line.results == 1:
-        return rows, []
-    shape = [*rows.shape]
-    shape[axis], shape[4 + axis] = line.points, n
-    found = memory[: math.prod(shape)].reshape(shape)
-    source, to = (x.transpose(_FIRST[axis]) for x in (rows, found))
-    takes = (divmod(_behind(lines, line) + i, line.results) for i in range(line.points))
-    return found, [([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])]
-
-
 def _taps(
     rows: Array, target: Target, sums: Array, found: Array, columns: int
 ) -> Iterator[tuple[tuple[int, int], Tiled, tuple[Array, Array] | None]]:
@@ -547,33 +429,6 @@ def _most(lines: Sequence[Line]) -> int:
     return max(line.points for line in lines)
 
 
-def pieces(part: int, parts: int, rows: int, taps: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Yield rows and taps of one of so many parts of a filter of `size` bytes, in pieces that are packed in cache.
-
-    Taps are cut before rows are, which lie together.
-    """
-    share, each = Cut(rows, -(-rows // parts)), size // (rows * taps)
-    first, last = share[part] if part < len(share) else (0, 0)
-    for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
-        for p, q in Cut(taps, max(1, _PACKED_TOGETHER // (each * max(1, stop - start)))):
-            yield slice(first + start, first + stop), slice(p, q)
-
-
-def beyond(lines: Iterable[Line]) -> int:
-    """Return how many rows cells may have that no result needs: the rest of a last tile, and of a last pair of rows."""
-    return max((RESULTS + 1) * line.apart - 1 for line in lines)
-
-
-def tile_size(line: Line) -> int:
-    """Return how many q a tile has."""
-    return line.results * line.apart
-
-
-def _behind(lines: Sequence[Line], line: Line) -> int:
-    """Return how many places the first row of a line is behind that of all, along the axis and `apart`."""
-    return (line.first - min(other.first for other in lines)) // line.apart
-
-
 def _lengths(lines: tuple[Line, ...], tiles: float) -> tuple[Any, Any]:
     """Return the places along a filtered axis of the rows of a point, and of cells."""
     return tiles * lines[0].apart, (tiles + _extra(lines)) * lines[0].apart
@@ -581,7 +436,7 @@ def _lengths(lines: tuple[Line, ...], tiles: float) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=256)
 def _extra(lines: tuple[Line, ...]) -> int:
-    return max((_behind(lines, line) + line.points - 1) // line.results for line in lines)
+    return max((behind(lines, line) + line.points - 1) // line.results for line in lines)
 
 
 @lru_cache(maxsize=256)
@@ -596,24 +451,6 @@ def _rows_of(axis: Axis, of_axis: Sequence[Phase], q: Range) -> Range:
     shifts = [shift for phase in of_axis for _, shift in phase.taps]
     start = max(0, q[0] - max(shifts))
     return start, max(start, min(axis.coarse, q[1] - min(shifts)))
-
-
-def length_of(of: slice) -> int:
-    return len(range(of.start, of.stop, of.step))
-
-
-def strands(line: Line, first: int, limit: int, tiles: int) -> Iterator[tuple[int, slice, range]]:
-    """Yield which result or cells, the places and the positions of those of a line from `first` on that are in a limit.
-
-    Positions are [0, limit).
-    """
-    step = tile_size(line)
-    for which, place in product(range(line.results), range(line.apart)):
-        at = first + which * line.apart + place
-        start, stop = max(0, -(at // step)), min(tiles, -((at - limit) // step))
-        if start < stop:
-            places = slice(start * line.apart + place, (stop - 1) * line.apart + place + 1, line.apart)
-            yield which, places, range(at + start * step, at + stop * step, step)
 
 
 def _fills(axis: Axis, lines: Sequence[Line], tiles: Range, length: int) -> Iterator[Strand]:
@@ -658,31 +495,6 @@ def candidates(problem: Problem, machine: Machine) -> list[Filtered]:
     return found
 
 
-def order_of(along: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the order of axes: those that are not filtered before those that are, batch entries second or last."""
-    others = tuple(i for i in (1, 2, 3) if i not in along)
-    return (*others, *along, 0) if len(along) == 1 else (*others, 0, *along)
-
-
 def _shared(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     """Return the lines of an axis if all can take their rows of the same cells."""
     return lines if all((line.first - lines[0].first) % line.apart == 0 for line in lines) else ()
-
-
-def cuts_of(positions: Sequence[int], units: Sequence[int]) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:
-    """Yield cuts of boxes of many sizes, along tiles first or along the axes that are not filtered.
-
-    `positions` says how many there are on each axis, `units` how many are in a tile.
-    """
-    counts = [-(-size // unit) for size, unit in zip(positions, units, strict=True)]
-    seen = set()
-    for along, pieces, most in product(((0, 1, 3, 2), (3, 2, 1, 0)), _PIECES, _POSITIONS):
-        left, chunks = most, [1] * 4
-        for i in along:
-            whole = -(-counts[i] // pieces) if i == 3 else counts[i]
-            chunks[i] = min(whole, max(1, left // units[i]))
-            left //= chunks[i] * units[i]
-        u, v, a, b = (Cut(count, chunk) for count, chunk in zip(counts, chunks, strict=True))
-        if (u, v, a, b) not in seen:
-            seen.add((u, v, a, b))
-            yield u, v, a, b

@@ -17,59 +17,39 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv.lowerings.base import (
-    Array,
-    Bounds,
-    Cut,
-    Index,
-    NotFiniteError,
-    Operands,
-    Range,
-    Workspace,
-    aligned,
-    as_items,
-    canonical,
-    digit,
-    five,
-    item_size,
-    store,
-)
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, copy_s, pass_s, streamed_s, unpacked_s
-from gemmconv.lowerings.filtered import (
+from gemmconv.lowerings.base import Array, Bounds, Cut, Index, Operands, Workspace, aligned, canonical, digit
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, pass_s, unpacked_s
+from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
+from gemmconv.lowerings.phases import phases
+from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
+from gemmconv.lowerings.tiling import (
     MOST_WORKSPACE,
     PARTS,
     STEP_S,
     WIDE,
+    Block,
     Combining,
+    Output,
     Rows,
+    Tiling,
     beyond,
     combined,
     cuts_of,
     order_of,
     pieces,
+    seen,
     strands,
     tile_size,
 )
-from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
-from gemmconv.lowerings.phases import phases
-from gemmconv.lowerings.products import LARGEST, Tiled, tile_columns, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
+# What a cell costs beside the copy of its values: the view of the box has more axes than others.
+_CELL_S = 2e-9
 # The most values of a row: those of one family.
 _DEEPEST = 1 << 11
 
 Lines = tuple[Line, ...]
-
-
-class Block(NamedTuple):
-    """A box of the result: positions on two axes, tiles on two more, channels."""
-
-    u: Range
-    v: Range
-    a: Range
-    b: Range
-    channels: Range
 
 
 class Family(NamedTuple):
@@ -132,7 +112,7 @@ class Views(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class FilteredConv:
+class FilteredConv(Tiling):
     """A schedule; see the module, and Filtered for the four axes."""
 
     problem: Problem
@@ -143,23 +123,9 @@ class FilteredConv:
     columns: int  # of the filter's tiles
     programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
-    wants_finite_filter = False  # what is not finite makes results that are not
-    wants_finite_value = False
-    whole_behind = 3
-    largest_product = LARGEST
-
     @property
     def reads_beyond(self) -> int:
         return beyond(line for family in self.families for lines in family[2:] for line in lines)
-
-    @property
-    def count(self) -> int:
-        return math.prod(map(len, self.cuts))
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The axes in the order in which they lie: 0 for batch entries, 1 to 3 for depth, height and width."""
-        return order_of(self.along)
 
     @property
     def units(self) -> tuple[int, int, int, int]:
@@ -172,14 +138,6 @@ class FilteredConv:
         for of, axis, cut, each in zip(self.order, self.axes, self.cuts, self.units, strict=False):
             found.append(digit(of, ((each * p, min(axis.coarse, each * q)) for p, q in cut)))
         return [*found, digit(4, self.cuts[4])]
-
-    def block(self, index: int) -> Block:
-        """Return a block; those of the same rows follow each other."""
-        spans = []
-        for cut in reversed(self.cuts):
-            index, at = divmod(index, len(cut))
-            spans.append(cut[at])
-        return Block(*reversed(spans))
 
     @property
     def packed_values(self) -> int:
@@ -259,14 +217,13 @@ class FilteredConv:
         strided = problem.layout == "NCDHW"
         sizes = [cut.size / len(cut) for cut in self.cuts]
         sums = math.prod(self._sums(sizes)[2:])
-        total, steps = 0.0, 0
+        box = math.prod(self._box([self._shapes(family, sizes) for family in self.families])) * problem.cout
+        total, steps = copy_s(box, box, steps=0, spilled=True, strided=strided), 6
         for number, family in enumerate(self.families):
             cells, along_a, rows = self._shapes(family, sizes)
-            runs = [family.size * tile_size(lines[0]) for lines in family[2:]]
-            steps += math.prod(runs) // family.size + sum(family.points) + 1
-            total += copy_s(math.prod(cells), problem.cout, steps=0, spilled=True, strided=strided)
-            if family.size > 1:
-                total += streamed_s(math.prod(cells), problem.cout)
+            steps += sum(family.points) + 1
+            total += copy_s(math.prod(cells), problem.cout, steps=0, spilled=True)
+            total += math.prod(cells) / problem.cout * _CELL_S
             for shape, run in ((along_a, math.prod(along_a[5:])), (rows, math.prod(rows[5:]))):
                 if len(shape) > 1:
                     total += pass_s(math.prod(shape), run)
@@ -285,10 +242,6 @@ class FilteredConv:
         steps += math.prod(self.units) + 2
         packing = copy_s(3 * self.packed_values, problem.cin, spilled=True)
         return self.count * (total + steps * STEP_S) + packing
-
-    def pack(self, filter: Array, packed: Array) -> None:
-        """Pack the whole filter."""
-        self.pack_part(filter, packed, 0, 1)
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Combine taps along both filtered axes, and lay them out as `_packed` says; a part is some of the rows."""
@@ -323,7 +276,6 @@ class FilteredConv:
         clock, block, program = workspace.clock, self.block(index), self._program(index)
         views = workspace.views(program.layout, lambda: self._views(program.layout, workspace))
         value, output, filters = workspace.once(operands, lambda: self._opened(operands))
-        output, start = output[..., slice(*block.channels)], operands.start(block.channels)
         tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
         for beyond_value in views.cleared:
             beyond_value[...] = 0
@@ -342,27 +294,16 @@ class FilteredConv:
                     np.add(to, added, to)
             if clock:
                 clock("gemm")
-        results = views.combines(start)
-        if not np.isfinite(np.add.reduce(results, axis=None)):
-            raise NotFiniteError
+        views.combines(operands.start(block.channels))
         if clock:
             clock("col2im")
-        size = item_size(self.problem, block.channels[1] - block.channels[0])
-        output = as_items(output, size) if size else output
-        for place, found in zip(program.stores, views.stored, strict=True):
-            if size:
-                np.copyto(output[place], found)
-            else:
-                store(output[place], found)
+        Output(self.problem, output, block.channels).write(program.stores, views.stored)
         if clock:
             clock("store")
 
     def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[Array]]]:
         """Return the value and the output with axes in order, and of each family the filter of every tap."""
-        problem, axes = self.problem, canonical(self.problem.axes)
-        value = five(problem.layout, operands.value, problem.batch, [axis.fine for axis in axes], problem.cout)
-        output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in axes], problem.cin)
-        value, output = (array.transpose(*self.order, 4) for array in (value, output))
+        value, output = self._in_order(operands)
         filters = [
             [filter[:, :, i, j, np.newaxis, :, np.newaxis] for i, j in product(*map(range, family.taps))]
             for family, filter in zip(self.families, self._packed(operands.packed), strict=True)
@@ -390,9 +331,7 @@ class FilteredConv:
             families.append(FamilyViews(list(self._fills(family, cells, box, of_box)), combines, taps))
         first = self.families[0]
         combining = Combining(sums, first.a[0], first.b[0])
-        stored = [combining.results[at] for at in layout.results]
-        size = item_size(self.problem, layout.sums[-1])
-        stored = [as_items(array, size) for array in stored] if size else stored
+        stored = [seen(self.problem, combining.results[at]) for at in layout.results]
         inside = box[layout.inside]
         cleared = list(_outside(box, layout.inside))
         return Views(cleared, inside, families, combining, stored)
@@ -423,17 +362,6 @@ class FilteredConv:
             which: Index = (..., *(phases_of for phases_of, *_ in runs), slice(None))
             to = cells[which]
             yield to, as_strided(flat[first:], to.shape, [step * item for step in (*at, *apart, 1)])
-
-    def _program(self, index: int) -> Program:
-        """Return what a block does: made once for schedules of few steps, where making it would take long."""
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            if self.count <= MOST_STEPS_KEPT:
-                layout = program.layout
-                same = (other.layout for other in self.programs.copy().values() if other.layout == layout)
-                self.programs[index] = program = program._replace(layout=next(same, layout))
-        return program
 
     def _made(self, block: Block) -> Program:
         sizes = [stop - start for start, stop in block]

@@ -29,6 +29,7 @@ from gemmconv.lowerings.base import (
     digit,
     five,
     is_finite,
+    located,
     store,
     too_far,
 )
@@ -100,12 +101,8 @@ class Im2Col:
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
         index, channels = divmod(index, len(self.channels))
-        spans: list[Range] = []
-        for cut in reversed(self.cuts):
-            index, i = divmod(index, len(cut))
-            spans.append(cut[i])
-        width, height, depth, batch = spans
-        return Block(Box(batch, depth, height, width), self.channels[channels])
+        _, spans = located(index, self.cuts)
+        return Block(Box(*spans), self.channels[channels])
 
     @property
     def rows(self) -> int:

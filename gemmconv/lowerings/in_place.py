@@ -25,6 +25,7 @@ from gemmconv.lowerings.base import (
     canonical,
     digit,
     five,
+    located,
 )
 from gemmconv.lowerings.columns import turn
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, TURNED_VALUE_S, best, pass_s, unpacked_s
@@ -70,11 +71,8 @@ class InPlace(AsItLies):
 
     def block(self, index: int) -> Block:
         """Return a block."""
-        spans = []
-        for cut in reversed(self.cuts):
-            index, at = divmod(index, len(cut))
-            spans.append(cut[at])
-        return Block(*reversed(spans))
+        _, spans = located(index, self.cuts)
+        return Block(*spans)
 
     @property
     def packed_values(self) -> int:

@@ -34,6 +34,7 @@ from gemmconv.lowerings.base import (
     digit,
     each,
     five,
+    located,
     must_widen,
     simplified,
     store,
@@ -108,12 +109,8 @@ class Kn2Row:
         """Return a block; those of the same rows follow each other."""
         index, channels = divmod(index, len(self.channels))
         index, group = divmod(index, len(self.groups))
-        spans = []
-        for cut in reversed(self.cuts):
-            index, i = divmod(index, len(cut))
-            spans.append(cut[i])
-        width, height, depth = spans
-        return Block(index, depth, height, width, group, self.channels[channels])
+        batch, (depth, height, width) = located(index, self.cuts)
+        return Block(batch, depth, height, width, group, self.channels[channels])
 
     @property
     def largest_product(self) -> int:

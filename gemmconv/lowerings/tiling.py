@@ -1,0 +1,275 @@
+"""Minimal filtering with products that BLAS does not pack: what both of its schedules share.
+
+Four axes are done, the last two of them filtered; batch entries are one of them. Arrays lie [point, point, u, v, place,
+place, channel], where places are those of tiles; cells, of which rows are combined, have even and odd places of a
+filtered axis first in place of points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemmconv.lowerings.base import (
+    Array,
+    Cut,
+    Index,
+    NotFiniteError,
+    Operands,
+    Range,
+    as_items,
+    canonical,
+    five,
+    item_size,
+    located,
+    store,
+)
+from gemmconv.lowerings.minimal import RESULTS, Line, combine_sums
+from gemmconv.lowerings.products import LARGEST
+from gemmconv.problem import Axis, Problem
+
+# Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
+# WIDE.
+_POSITIONS = (256, 512, 1024, 2048, 4096)
+PARTS = (1, 2, 4, 8)
+_PIECES = (1, 2)
+WIDE = 64
+# What a step costs beside its work: Python, and with several workers the time to be woken when another one was in
+# Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
+STEP_S = 7e-6
+# The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
+MOST_WORKSPACE = 12
+# Bytes of a filter that are packed together: large steps are faster than small ones in cache.
+_PACKED_TOGETHER = 1 << 22
+# Blocks whose programs are kept, of some KiB each.
+_MOST_PROGRAMS = 512
+
+# For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
+_FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
+
+
+class Block(NamedTuple):
+    """A box of the result: q of two axes, tiles of two more, channels."""
+
+    u: Range
+    v: Range
+    a: Range
+    b: Range
+    channels: Range
+
+
+class Tiling:
+    """What both schedules have in common."""
+
+    __slots__ = ()
+
+    problem: Problem
+    along: tuple[int, ...]  # the filtered axes
+    axes: tuple[Axis, Axis, Axis, Axis]
+    cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of q, of tiles and of the channels
+    columns: int  # of the filter's tiles
+    programs: dict[int, Any]
+
+    wants_finite_filter = False  # what is not finite makes results that are not
+    wants_finite_value = False
+    whole_behind = 3
+    largest_product = LARGEST
+
+    @property
+    def count(self) -> int:
+        return math.prod(map(len, self.cuts))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes in the order in which they lie: 0 for batch entries, 1 to 3 for depth, height and width."""
+        return order_of(self.along)
+
+    def block(self, index: int) -> Block:
+        """Return a block; those of the same rows follow each other."""
+        _, spans = located(index, self.cuts)
+        return Block(*spans)
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Pack the whole filter."""
+        self.pack_part(filter, packed, 0, 1)
+
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+        """Pack one of so many parts of the filter."""
+        raise NotImplementedError
+
+    def _made(self, block: Block) -> Any:
+        """Return a block's program, whose `layout` says what it does with a workspace."""
+        raise NotImplementedError
+
+    def _program(self, index: int) -> Any:
+        """Return what a block does: made once for schedules of few blocks, where making it would take long.
+
+        Blocks of the same layout share it, and so their views of a workspace.
+        """
+        program = self.programs.get(index)
+        if program is None:
+            program = self._made(self.block(index))
+            if self.count <= _MOST_PROGRAMS:
+                same = (other.layout for other in self.programs.copy().values() if other.layout == program.layout)
+                self.programs[index] = program = program._replace(layout=next(same, program.layout))
+        return program
+
+    def _in_order(self, operands: Operands) -> tuple[Array, Array]:
+        """Return the first operand and the result with axes in order."""
+        problem, axes = self.problem, canonical(self.problem.axes)
+        coarse, fine = [axis.coarse for axis in axes], [axis.fine for axis in axes]
+        wholes = [(coarse, problem.cin), (fine, problem.cout)]
+        if problem.operation != "conv3d_transpose":
+            wholes.reverse()
+        arrays = zip((operands.value, operands.output), wholes, strict=True)
+        value, output = (five(problem.layout, array, problem.batch, *whole) for array, whole in arrays)
+        return value.transpose(*self.order, 4), output.transpose(*self.order, 4)
+
+
+class Output:
+    """The channels of the result that a block writes, short runs of them as items."""
+
+    __slots__ = ("_items", "_size", "array")
+
+    def __init__(self, problem: Problem, output: Array, channels: Range) -> None:
+        self.array = output[..., slice(*channels)]
+        self._size = item_size(problem, channels[1] - channels[0])
+        self._items = as_items(self.array, self._size) if self._size else self.array
+
+    def write(self, places: Sequence[Index], results: Sequence[Array]) -> None:
+        """Store results, which were seen as items before where channels are."""
+        for place, found in zip(places, results, strict=True):
+            if self._size:
+                np.copyto(self._items[place], found)
+            else:
+                store(self._items[place], found)
+
+
+def seen(problem: Problem, array: Array) -> Array:
+    """Return values of sums or cells as items where the channels of operands and results are copied as such."""
+    size = item_size(problem, array.shape[-1])
+    return as_items(array, size) if size else array
+
+
+# Rows of the tiles, and those of the points they are combined to.
+Rows = tuple[list[Array], list[Array]]
+
+
+class Combining:
+    """The sums of points [point, point, u, v, ...], which a call combines to results in place.
+
+    They begin with what is added to them: zero too, for its sign, since products that underflow give -0.0. Results that
+    are not finite are left to another lowering.
+    """
+
+    __slots__ = ("_begins", "_first", "_second", "results")
+
+    def __init__(self, sums: Array, first: Line, second: Line) -> None:
+        self._second = [*sums.swapaxes(0, 1)]
+        sums = sums[:, : second.results]
+        self._begins = sums[: first.results]  # those that others are added to
+        self._first = [*sums]
+        self.results = sums[: first.results]
+
+    def __call__(self, start: Array | int) -> None:
+        combine_sums(self._second)
+        np.add(self._begins, start, self._begins)
+        combine_sums(self._first)
+        if not np.isfinite(np.add.reduce(self.results, axis=None)):
+            raise NotFiniteError
+
+
+# A run of places that are evenly apart: of the cells or results of an axis, the places, and the rows or fine positions.
+Strand = tuple[int, slice, slice]
+
+
+def combined(
+    rows: Array, lines: Sequence[Line], line: Line, axis: int, n: int, memory: Array
+) -> tuple[Array, list[Rows]]:
+    """Return where rows of a line's points lie along one of the filtered axes, and what is combined to them.
+
+    Rows are [which, which, u, v, place, place, channel], and those of points [point, ...] along that axis. Those of a
+    single point are what they are combined of.
+    """
+    if line.results == 1:
+        return rows, []
+    shape = [*rows.shape]
+    shape[axis], shape[4 + axis] = line.points, n
+    found = memory[: math.prod(shape)].reshape(shape)
+    source, to = (x.transpose(_FIRST[axis]) for x in (rows, found))
+    takes = (divmod(behind(lines, line) + i, line.results) for i in range(line.points))
+    return found, [([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])]
+
+
+def pieces(part: int, parts: int, rows: int, taps: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows and taps of one of so many parts of a filter of `size` bytes, in pieces that are packed in cache.
+
+    Taps are cut before rows are, which lie together.
+    """
+    share, each = Cut(rows, -(-rows // parts)), size // (rows * taps)
+    first, last = share[part] if part < len(share) else (0, 0)
+    for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
+        for p, q in Cut(taps, max(1, _PACKED_TOGETHER // (each * max(1, stop - start)))):
+            yield slice(first + start, first + stop), slice(p, q)
+
+
+def beyond(lines: Iterable[Line]) -> int:
+    """Return how many rows cells may have that no result needs: the rest of a last tile, and of a last pair of rows."""
+    return max((RESULTS + 1) * line.apart - 1 for line in lines)
+
+
+def tile_size(line: Line) -> int:
+    """Return how many q a tile has."""
+    return line.results * line.apart
+
+
+def behind(lines: Sequence[Line], line: Line) -> int:
+    """Return how many places the first row of a line is behind that of all, along the axis and `apart`."""
+    return (line.first - min(other.first for other in lines)) // line.apart
+
+
+def length_of(of: slice) -> int:
+    return len(range(of.start, of.stop, of.step))
+
+
+def strands(line: Line, first: int, limit: int, tiles: int) -> Iterator[tuple[int, slice, range]]:
+    """Yield which result or cells, the places and the positions of those of a line from `first` on that are in a limit.
+
+    Positions are [0, limit).
+    """
+    step = tile_size(line)
+    for which, place in product(range(line.results), range(line.apart)):
+        at = first + which * line.apart + place
+        start, stop = max(0, -(at // step)), min(tiles, -((at - limit) // step))
+        if start < stop:
+            places = slice(start * line.apart + place, (stop - 1) * line.apart + place + 1, line.apart)
+            yield which, places, range(at + start * step, at + stop * step, step)
+
+
+def order_of(along: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the order of axes: those that are not filtered before those that are, batch entries second or last."""
+    others = tuple(i for i in (1, 2, 3) if i not in along)
+    return (*others, *along, 0) if len(along) == 1 else (*others, 0, *along)
+
+
+def cuts_of(positions: Sequence[int], units: Sequence[int]) -> Iterator[tuple[Cut, Cut, Cut, Cut]]:
+    """Yield cuts of boxes of many sizes, along tiles first or along the axes that are not filtered.
+
+    `positions` says how many there are on each axis, `units` how many are in a tile.
+    """
+    counts = [-(-size // unit) for size, unit in zip(positions, units, strict=True)]
+    seen = set()
+    for along, pieces, most in product(((0, 1, 3, 2), (3, 2, 1, 0)), _PIECES, _POSITIONS):
+        left, chunks = most, [1] * 4
+        for i in along:
+            whole = -(-counts[i] // pieces) if i == 3 else counts[i]
+            chunks[i] = min(whole, max(1, left // units[i]))
+            left //= chunks[i] * units[i]
+        u, v, a, b = (Cut(count, chunk) for count, chunk in zip(counts, chunks, strict=True))
+        if (u, v, a, b) not in seen:
+            seen.add((u, v, a, b))
+            yield u, v, a, b
