@@ -128,10 +128,16 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of workspace of one call: columns, sums and rows of all its workers, and the packed filter if any."""
+        """Bytes of workspace of one call: columns, sums and rows of its workers, packed filter and shares if any."""
         if self.schedule is None:
             return 0
-        return self.schedule.workspace_bytes * self.used_workers + self.packed_bytes
+        return self.schedule.workspace_bytes * self.used_workers + self.packed_bytes + self.shared_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shares of the result that are added up; 0 where blocks form the result."""
+        shares = 1 if self.schedule is None else running.shares_of(self.schedule)
+        return math.prod(self.output_shape) * self.dtype.itemsize * shares if shares > 1 else 0
 
     @property
     def packed_bytes(self) -> int:

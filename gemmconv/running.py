@@ -21,7 +21,7 @@ from gemmconv import profile, threads
 from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
-from gemmconv.lowerings.base import PackedInParts, Steps, is_finite, order, steps_of
+from gemmconv.lowerings.base import InShares, PackedInParts, Steps, is_finite, order, steps_of
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 
@@ -117,12 +117,18 @@ class Needs(NamedTuple):
     blocks: int
     workspace_bytes: int
     limit_blas: bool
+    shares: int
 
 
 def needs(schedule: Schedule) -> Needs:
     """Return what a schedule needs."""
     limit = schedule.largest_product > serial_products()
-    return Needs(schedule.count, schedule.workspace_bytes, limit)
+    return Needs(schedule.count, schedule.workspace_bytes, limit, shares_of(schedule))
+
+
+def shares_of(schedule: Schedule) -> int:
+    """Return how many shares of the result a schedule forms, which are added up; 1 if it forms the result."""
+    return schedule.shares if isinstance(schedule, InShares) else 1
 
 
 def run(
@@ -155,20 +161,24 @@ def run(
         schedule, needed = _complete(problem, machine), None
         packed = pack(schedule, problem, second, workers)
     pack_s = time.perf_counter() - pack_s
-    wholes = [first, packed.second, result]
+    needed = needed or needs(schedule)
+    shares = None if needed.shares == 1 else np.empty((needed.shares, *result.shape), result.dtype)
+    wholes = [first, packed.second, result, *(() if shares is None else shares)]
     along = order(schedule.problem.axes)
     x, w, y = (
         steps_of(problem.layout, role == "filter", array.shape, along)
-        for role, array in zip(problem.roles, wholes, strict=True)
+        for role, array in zip(problem.roles, wholes[:3], strict=True)
     )
     if excerpt is not None:
         shapes = problem.operand_shapes[0], packed.second.shape, problem.result_shape
         if problem.roles[1] != "filter":
             shapes = shapes[0], problem.operand_shapes[1], shapes[2]
-        wholes = [placed(*part) for part in zip(wholes, excerpt[1:], shapes, strict=True)]
-    needed = needed or needs(schedule)
-    parts = _by_group(schedule.problem, wholes, packed.values, (x, w, y), bias)
-    blocks: Sequence[int] = range(len(parts) * needed.blocks) if excerpt is None else excerpt.blocks
+        at = [*excerpt[1:], *[excerpt.result] * (len(wholes) - 3)]
+        wholes = [placed(*part) for part in zip(wholes, at, [*shapes, *shapes[2:] * (len(wholes) - 3)], strict=True)]
+    outputs = wholes[2:] if shares is None else wholes[3:]
+    parts = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in outputs]
+    groups, of_share = len(parts[0]), needed.blocks // needed.shares
+    blocks: Sequence[int] = range(groups * needed.blocks) if excerpt is None else excerpt.blocks
     count = len(blocks)
     workspaces = _acquire(min(workers, count), needed.workspace_bytes, problem.compute_dtype)
     clocks = [profile.Clock() if looking else None for _ in workspaces]
@@ -180,8 +190,8 @@ def run(
         clock = clocks[slot]
         if clock:
             clock.start()
-        block, group = divmod(blocks[index], len(parts))  # groups next to each other share cache lines and pages
-        schedule.run(block, parts[group], workspaces[slot])
+        block, group = divmod(blocks[index], groups)  # groups next to each other share cache lines and pages
+        schedule.run(block, parts[block // of_share][group], workspaces[slot])
         if progress is not None:
             progress(next(done), count)
         if clock:
@@ -195,6 +205,9 @@ def run(
         finite = False
     run_s = time.perf_counter() - run_s
     _release(workspaces)
+    if shares is not None:
+        with np.errstate(all="ignore"):
+            np.add.reduce(shares, axis=0, out=result)
     if not finite:
         if excerpt is not None:
             raise NotFiniteError

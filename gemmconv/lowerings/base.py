@@ -203,6 +203,18 @@ class PackedInParts(Protocol):
         """Do one of so many parts of what `pack` does."""
 
 
+@runtime_checkable
+class InShares(Protocol):
+    """A schedule whose blocks form shares of the result, which are added up in the order of their indices.
+
+    Blocks of a share follow each other. Shares are in the problem's dtype, which is that of the sums.
+    """
+
+    @property
+    def shares(self) -> int:
+        """How many; 1 if blocks form the result."""
+
+
 class AsItLies:
     """For schedules that use the filter as it lies, and form just the products that land."""
 

@@ -2,7 +2,9 @@
 
 A block is a box of taps with some coarse channels: a piece of the gradient that no other block writes. It walks over
 all rows, a run at a time: their windows are copied to columns in cache (as im2col does, for these taps alone), and a
-GEMM adds the products with the coarse rows to the gradient. The order of the sums does not depend on the workers.
+GEMM adds the products with the coarse rows to the gradient. Where the gradient is small and rows are many, a block may
+have a share of the rows: each forms a gradient of its own, and those are added up. The order of the sums does not
+depend on the workers.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from gemmconv.problem import Axis, Problem
 # Rows of a GEMM and cuts of the coarse channels that are weighed; channels are not cut below _WIDE.
 _ROWS = (64, 128, 256, 512, 1024, 2048, 4096)
 _PARTS = (1, 2, 4, 8, 16)
+# Shares of the rows that are weighed, unless they would take more bytes.
+_SHARES, _MOST_SHARED = (1, 4, 8), 1 << 22
 _WIDE = 32
 # Boxes of taps, unless larger ones do not fit the cache.
 _MOST_BOXES = 1024
@@ -57,6 +61,7 @@ class Gradient:
     taps: tuple[Taps, ...]  # of blocks
     grid: int  # values
     tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
+    shares: int = 1  # of the rows
 
     packed_values = 0
 
@@ -69,20 +74,21 @@ class Gradient:
 
     @property
     def count(self) -> int:
-        return len(self.taps) * len(self.channels)
+        return self.shares * len(self.taps) * len(self.channels)
 
     @property
     def digits(self) -> list[list[Bounds]]:
-        return [[tuple(enumerate(box)) for box in self.taps], digit(4, self.channels)]
+        return [[()] * self.shares, [tuple(enumerate(box)) for box in self.taps], digit(4, self.channels)]
 
     whole_behind = 0  # every row is read
     reads_beyond = 0
     wants_finite_value = False
 
-    def block(self, index: int) -> tuple[Taps, Range]:
-        """Return a block: its taps and channels."""
-        taps, channels = divmod(index, len(self.channels))
-        return self.taps[taps], self.channels[channels]
+    def block(self, index: int) -> tuple[int, Taps, Range]:
+        """Return a block: its share, taps and channels."""
+        index, channels = divmod(index, len(self.channels))
+        share, taps = divmod(index, len(self.taps))
+        return share, self.taps[taps], self.channels[channels]
 
     @property
     def rows(self) -> int:
@@ -128,7 +134,9 @@ class Gradient:
     @property
     def reason(self) -> str:
         channels = f", {self.channels.longest} of {self.problem.cin} channels" if len(self.channels) > 1 else ""
-        return f"columns of {self.deep} taps times {self.problem.cout} channels, {self.rows} rows at a time{channels}"
+        shares = f", in {self.shares} shares of the rows" if self.shares > 1 else ""
+        columns = f"columns of {self.deep} taps times {self.problem.cout} channels"
+        return f"{columns}, {self.rows} rows at a time{channels}{shares}"
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for runs of rows of mean size; see cost.py."""
@@ -151,14 +159,15 @@ class Gradient:
                 positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)
                 each += copy_s(positions * problem.cout, w.fine, spilled=True, strided=moved)
             total += runs * each
-        return total * len(self.channels)
+        added = self.shares * math.prod(problem.filter_shape) if self.shares > 1 else 0
+        return total * len(self.channels) + copy_s(2 * added, problem.cin, spilled=True)
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
         problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
         channels_first, item = problem.layout == "NCDHW", gemm.itemsize
         windows, parts = workspace.views(self, lambda: self._memory(workspace))
-        taps, channels = self.block(index)
+        share, taps, channels = self.block(index)
         n = channels[1] - channels[0]
         (d0, d1), (h0, h1), (w0, w1) = taps
         kernel = [axis.kernel for axis in self.axes]
@@ -173,7 +182,9 @@ class Gradient:
         sums[...] = 0
         to = address(sums)
         wide = workspace.take(self.rows * n) if self.widens else None
-        for batch, depth, height, width in product(*self.cuts):
+        runs = list(product(*self.cuts))
+        mine = slice(len(runs) * share // self.shares, len(runs) * (share + 1) // self.shares)
+        for batch, depth, height, width in runs[mine]:
             rows = Box(batch, depth, height, width)
             m = math.prod(rows.sizes)
             if clock:
@@ -220,7 +231,7 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
     every = problem.batch * math.prod(problem.coarse)
     kernel = math.prod(problem.kernel)
 
-    def candidate(rows: int, taps: int, parts: int, tap_major: bool) -> Gradient:
+    def candidate(rows: int, taps: int, parts: int, tap_major: bool, shares: int) -> Gradient:
         cuts = row_cuts(problem, axes, rows)
         boxes = tap_boxes(axes, taps)
         longest = [cut.longest for cut in cuts]
@@ -228,13 +239,18 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
         for box in boxes:
             values = longest[0] * grid_values(axes, longest[1:], [b - a for a, b in box], apart) * problem.cout
             grid = max(grid, values if values <= most else 0)
-        return Gradient(problem, axes, cuts, Cut(problem.cin, -(-problem.cin // parts)), boxes, grid, tap_major)
+        channels = Cut(problem.cin, -(-problem.cin // parts))
+        return Gradient(problem, axes, cuts, channels, boxes, grid, tap_major, min(shares, math.prod(map(len, cuts))))
 
+    formed = math.prod(problem.filter_shape) * item
+    in_place = problem.dtype.kind == "f" and not must_widen(problem)
+    of_rows = [n for n in _SHARES if n == 1 or (in_place and n * formed <= _MOST_SHARED)]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     found = []
     for rows in sorted({min(n, every) for n in _ROWS}):
         most_taps = max(1, columns // (rows * problem.cout))
         wanted = {kernel, axes[1].kernel * axes[2].kernel, axes[2].kernel, 1}
         of_taps = {n for n in wanted if n <= most_taps and kernel <= n * _MOST_BOXES} or {min(kernel, most_taps)}
-        found += [candidate(rows, n, p, o) for n in sorted(of_taps) for p in parts for o in orders(problem, axes[2])]
+        every_order = orders(problem, axes[2])
+        found += [candidate(rows, *way) for way in product(sorted(of_taps), parts, every_order, of_rows)]
     return best(found, machine)
