@@ -25,9 +25,11 @@ from gemmconv.lowerings.base import (
     Range,
     Workspace,
     aligned,
+    as_items,
     canonical,
     digit,
     five,
+    item_size,
     located,
     must_widen,
     simplified,
@@ -214,8 +216,14 @@ class ByRows(AsItLies):
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
         if self.gaps:
             output[program.region] = operands.start((0, problem.cout))
-        for source, to in program.stores:
-            store(output[to], sums[source].transpose(1, 2, 3, 4, 0))
+        size = item_size(problem, problem.cout) if self.channels_last else 0
+        if size:
+            output, last = as_items(output, size), as_items(sums.transpose(1, 2, 3, 4, 5, 6, 7, 0), size)
+            for (_, *where), to in program.stores:
+                np.copyto(output[to], last[tuple(where)])
+        else:
+            for source, to in program.stores:
+                store(output[to], sums[source].transpose(1, 2, 3, 4, 0))
         if clock:
             clock("store")
 
