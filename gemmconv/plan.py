@@ -181,7 +181,7 @@ class Plan:
             Where to write the result: the plan's `output_shape`, and a dtype to which the plan's casts safely.
         progress : callable, optional
             Called as ``progress(done, total)`` after each block, from worker threads. It starts again, with another
-            total, in the rare case that minimal filtering meets results that are not finite.
+            total, in the rare case that results are not finite which another lowering may form.
 
         Returns
         -------

@@ -206,8 +206,10 @@ def run(
     run_s = time.perf_counter() - run_s
     _release(workspaces)
     if shares is not None:
-        with np.errstate(all="ignore"):
-            np.add.reduce(shares, axis=0, out=result)
+        with np.errstate(all="ignore"):  # one after the other: a reduction's order depends on the shape
+            np.add(shares[0], shares[1], result)
+            for share in shares[2:]:
+                np.add(result, share, result)
     if not finite:
         if excerpt is not None:
             raise NotFiniteError

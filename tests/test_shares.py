@@ -87,6 +87,23 @@ def test_parts_on_the_cuts_have_the_bits_of_the_whole():
     assert several > 10
 
 
+def test_a_single_value_has_the_bits_of_the_whole():
+    """Shares are added one after the other, whatever the shape of the part."""
+    problem = Problem("conv3d_backprop_filter", 1, 1, 1, (Axis(20, 20, 1),) * 3, np.dtype(np.float32), "NDHWC", 2)
+    plan = make_plan.__wrapped__(problem, MACHINE, "im2col", 2)
+    schedule = plan.schedule
+    cuts = gradient.row_cuts(schedule.problem, schedule.axes, 400)
+    plan = dataclasses.replace(plan, schedule=dataclasses.replace(schedule, cuts=cuts, shares=8))
+    for seed in range(6):
+        rng = np.random.default_rng([4, seed])
+        first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
+        whole = plan(first, second)
+        for group in range(2):
+            part = plan.part([(0, 1)] * 4 + [(group, group + 1)])
+            assert part.on_blocks
+            assert same_bits(part(first[part.windows[0]], second[part.windows[1]]), whole[part.box])
+
+
 def test_a_large_gradient_is_formed_at_once():
     """Shares that would take more than a bound are not weighed, nor those of halves: their sums are elsewhere."""
     axes = Axis(16, 16, 3, 1, 1, 1), Axis(16, 16, 3, 1, 1, 1), Axis(16, 16, 3, 1, 1, 1)

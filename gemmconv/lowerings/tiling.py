@@ -106,16 +106,17 @@ class Tiling:
         raise NotImplementedError
 
     def _program(self, index: int) -> Any:
-        """Return what a block does: made once for schedules of few blocks, where making it would take long.
+        """Return what a block does, of which making takes long: it is kept, for the first of very many blocks.
 
         Blocks of the same layout share it, and so their views of a workspace.
         """
         program = self.programs.get(index)
         if program is None:
             program = self._made(self.block(index))
-            if self.count <= _MOST_PROGRAMS:
-                same = (other.layout for other in self.programs.copy().values() if other.layout == program.layout)
-                self.programs[index] = program = program._replace(layout=next(same, program.layout))
+            known = {id(other.layout): other.layout for other in self.programs.copy().values()}
+            program = program._replace(layout=next((x for x in known.values() if x == program.layout), program.layout))
+            if len(self.programs) < _MOST_PROGRAMS:
+                self.programs[index] = program
         return program
 
     def _in_order(self, operands: Operands) -> tuple[Array, Array]:
