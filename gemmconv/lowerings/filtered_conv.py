@@ -195,9 +195,9 @@ class FilteredConv(Tiling):
 
     def _box(self, shapes: Any) -> Any:
         """Return how many fine positions cells of such shapes hold, of all families."""
-        found = [0] * 4
+        found, begins = [0] * 4, self._first
         for family, (cells, *_) in zip(self.families, shapes, strict=True):
-            for i, (axis, lines, first) in enumerate(zip(self.axes, family, self._first, strict=True)):
+            for i, (axis, lines, first) in enumerate(zip(self.axes, family, begins, strict=True)):
                 rows = cells[2 + i] * lines[0].results
                 last = max(_start(axis, line) for line in lines)
                 found[i] = max(found[i], last - first + axis.stride * (rows - 1) + 1)

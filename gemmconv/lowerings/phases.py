@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from gemmconv.lowerings.base import Range
@@ -26,6 +27,7 @@ class Phase:
     taps: tuple[tuple[int, int], ...]  # (first tap of the filter, shift)
 
 
+@lru_cache(maxsize=64)
 def phases(axis: Axis) -> tuple[Phase, ...]:
     """Return the phases that any tap reaches, each with its taps that land somewhere."""
     taps: dict[int, list[tuple[int, int]]] = {}
