@@ -76,9 +76,9 @@ class Part:
             return max((plan.workspace_bytes for _, plan in self._plans), default=0)
         schedule = self.plan.schedule
         assert schedule is not None
-        shared = running.shares_of(schedule) * math.prod(self.output_shape) * self.plan.dtype.itemsize
+        shared = running.shared_bytes(schedule, math.prod(self.output_shape) * self.plan.dtype.itemsize)
         taken: int = schedule.workspace_bytes * min(self.plan.workers, len(self._blocks)) + self.plan.packed_bytes
-        return taken + (shared if self.plan.shared_bytes else 0)
+        return taken + shared
 
     def __call__(self, value: Any, filter: Any, out: Array | None = None, *, progress: Progress | None = None) -> Array:
         """Compute the part from windows of the operands.

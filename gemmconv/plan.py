@@ -136,8 +136,9 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """Bytes of shares of the result that are added up; 0 where blocks form the result."""
-        shares = 1 if self.schedule is None else running.shares_of(self.schedule)
-        return math.prod(self.output_shape) * self.dtype.itemsize * shares if shares > 1 else 0
+        if self.schedule is None:
+            return 0
+        return running.shared_bytes(self.schedule, math.prod(self.output_shape) * self.dtype.itemsize)
 
     @property
     def packed_bytes(self) -> int:

@@ -131,6 +131,12 @@ def shares_of(schedule: Schedule) -> int:
     return schedule.shares if isinstance(schedule, InShares) else 1
 
 
+def shared_bytes(schedule: Schedule, result_bytes: int) -> int:
+    """Return the bytes of a result's shares; 0 if blocks form the result."""
+    shares = shares_of(schedule)
+    return shares * result_bytes if shares > 1 else 0
+
+
 def run(
     schedule: Schedule,
     problem: Problem,
@@ -162,8 +168,8 @@ def run(
         packed = pack(schedule, problem, second, workers)
     pack_s = time.perf_counter() - pack_s
     needed = needed or needs(schedule)
-    shares = None if needed.shares == 1 else np.empty((needed.shares, *result.shape), result.dtype)
-    wholes = [first, packed.second, result, *(() if shares is None else shares)]
+    outputs = [result] if needed.shares == 1 else [*np.empty((needed.shares, *result.shape), result.dtype)]
+    wholes = [first, packed.second, *outputs]
     along = order(schedule.problem.axes)
     x, w, y = (
         steps_of(problem.layout, role == "filter", array.shape, along)
@@ -173,10 +179,10 @@ def run(
         shapes = problem.operand_shapes[0], packed.second.shape, problem.result_shape
         if problem.roles[1] != "filter":
             shapes = shapes[0], problem.operand_shapes[1], shapes[2]
-        at = [*excerpt[1:], *[excerpt.result] * (len(wholes) - 3)]
-        wholes = [placed(*part) for part in zip(wholes, at, [*shapes, *shapes[2:] * (len(wholes) - 3)], strict=True)]
-    outputs = wholes[2:] if shares is None else wholes[3:]
-    parts = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in outputs]
+        at = [excerpt.first, excerpt.second, *[excerpt.result] * needed.shares]
+        every_shape = [*shapes[:2], *shapes[2:] * needed.shares]
+        wholes = [placed(*part) for part in zip(wholes, at, every_shape, strict=True)]
+    parts = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in wholes[2:]]
     groups, of_share = len(parts[0]), needed.blocks // needed.shares
     blocks: Sequence[int] = range(groups * needed.blocks) if excerpt is None else excerpt.blocks
     count = len(blocks)
@@ -205,16 +211,16 @@ def run(
         finite = False
     run_s = time.perf_counter() - run_s
     _release(workspaces)
-    if shares is not None:
-        with np.errstate(all="ignore"):  # one after the other: a reduction's order depends on the shape
-            np.add(shares[0], shares[1], result)
-            for share in shares[2:]:
-                np.add(result, share, result)
     if not finite:
         if excerpt is not None:
             raise NotFiniteError
         complete = _complete(problem, machine)
         return run(complete, problem, machine, workers, first, second, result, bias=bias, progress=progress)
+    if needed.shares > 1:
+        with np.errstate(all="ignore"):  # one after the other: a reduction's order depends on the shape
+            np.add(outputs[0], outputs[1], result)
+            for share in outputs[2:]:
+                np.add(result, share, result)
     return _account([clock for clock in clocks if clock], pack_s, run_s) if looking else None
 
 

@@ -101,7 +101,7 @@ class Columns:
             return
         if not buffers.widens:
             for piece in pieces:
-                if buffers.few and min(m, piece.rows) > 1 and piece.rows * cin >= _LARGE:
+                if buffers.few and _large(m, piece.rows, cin):
                     self._form_across(self._as_columns(rows), piece, ld, tap_major)
                 elif buffers.unpacked and tap_major and m >= _VECTOR and piece.rows > 1:
                     self._form_across(self._flat(rows).T, piece, ld, tap_major)
@@ -181,7 +181,12 @@ def few_rows(problem: Problem) -> bool:
 
 def across(problem: Problem, rows: int, channels: int) -> bool:
     """Whether few rows are multiplied with any piece of so many rows of the filter without packing."""
-    return few_rows(problem) and min(rows, channels) > 1 and channels * problem.cin >= _LARGE
+    return few_rows(problem) and _large(rows, channels, problem.cin)
+
+
+def _large(rows: int, channels: int, cin: int) -> bool:
+    """Whether a piece of the filter is large enough for rows to be turned, and nothing is a vector."""
+    return min(rows, channels) > 1 and channels * cin >= _LARGE
 
 
 def turn(filter: Array, packed: Array, columns: int, part: int, parts: int) -> None:

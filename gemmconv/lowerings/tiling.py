@@ -8,6 +8,7 @@ filtered axis first in place of points.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Block(NamedTuple):
     channels: Range
 
 
-class Tiling:
+class Tiling(ABC):
     """What both schedules have in common."""
 
     __slots__ = ()
@@ -97,13 +98,13 @@ class Tiling:
         """Pack the whole filter."""
         self.pack_part(filter, packed, 0, 1)
 
+    @abstractmethod
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Pack one of so many parts of the filter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _made(self, block: Block) -> Any:
         """Return a block's program, whose `layout` says what it does with a workspace."""
-        raise NotImplementedError
 
     def _program(self, index: int) -> Any:
         """Return what a block does, of which making takes long: it is kept, for the first of very many blocks.
