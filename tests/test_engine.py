@@ -156,7 +156,7 @@ def test_no_product_is_formed_twice(order, monkeypatch):
     """Each row of the value meets each row of the filter at most once, and every cell of the output is stored once."""
     formed = []
 
-    def form(self, rows, pieces, ld, tap_major):
+    def form(self, rows, pieces, ld):
         formed.append((rows.hull, list(pieces)))
         self.buffer[...] = 0
 
@@ -202,9 +202,9 @@ def test_rows_as_columns_of_the_filter(order, layout, dtype, unpacked, monkeypat
     formed = []
     form = Columns._form_across
 
-    def counted(self, value, piece, ld, tap_major):
-        formed.append(tap_major)
-        form(self, value, piece, ld, tap_major)
+    def counted(self, value, piece, ld):
+        formed.append(self._buffers.tap_major)
+        form(self, value, piece, ld)
 
     monkeypatch.setattr(Columns, "_form_across", counted)
     rng = np.random.default_rng(19)

@@ -35,10 +35,11 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, meetings, pieces, sample
+from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, lines_never_packed, meetings, pieces, sample
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
+from gemmconv.lowerings.products import LARGEST
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -110,6 +111,8 @@ class ByPlanes(AsItLies):
 
     @property
     def largest_product(self) -> int:
+        if lines_never_packed(self.problem, self.axes[2], self.rows, self.taps, tap_major=True):
+            return LARGEST
         return self.rows * self.taps * self.depth
 
     @property
@@ -154,7 +157,8 @@ class ByPlanes(AsItLies):
         np.setbufsize(SMALLEST_BUFFER)
         problem, axes = self.problem, self.axes
         buffers = workspace.views(
-            self, lambda: Buffers(problem, workspace, self.rows, self.taps, self.depth, self.widens)
+            self,
+            lambda: Buffers(problem, workspace, self.rows, self.taps, self.depth, tap_major=True, widens=self.widens),
         )
         columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
         program, clock = self._program(index), workspace.clock
@@ -165,7 +169,7 @@ class ByPlanes(AsItLies):
             if clock:
                 clock("overhead")
             m = math.prod(gemm.shape[4:])
-            columns.form(columns.locate(gemm.rows), gemm.pieces, m, True)
+            columns.form(columns.locate(gemm.rows), gemm.pieces, m)
             if clock:
                 clock("gemm")
             column = columns.buffer[: math.prod(gemm.shape)].reshape(gemm.shape)

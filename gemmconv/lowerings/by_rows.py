@@ -35,9 +35,10 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
+from gemmconv.lowerings.products import LARGEST
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -122,6 +123,10 @@ class ByRows(AsItLies):
 
     @property
     def largest_product(self) -> int:
+        if len(self.cuts[3]) == 1 and lines_never_packed(
+            self.problem, self.axes[2], self.rows, self.taps, not self.channels_last
+        ):
+            return LARGEST
         return self.rows * self.taps * self.depth
 
     @property
@@ -190,7 +195,16 @@ class ByRows(AsItLies):
             np.setbufsize(SMALLEST_BUFFER)
         problem, axes = self.problem, self.axes
         buffers = workspace.views(
-            self, lambda: Buffers(problem, workspace, self.rows, self.taps, self.depth, self.widens)
+            self,
+            lambda: Buffers(
+                problem,
+                workspace,
+                self.rows,
+                self.taps,
+                self.depth,
+                tap_major=not self.channels_last,
+                widens=self.widens,
+            ),
         )
         columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
         program = self._program(index)
@@ -204,7 +218,7 @@ class ByRows(AsItLies):
             m, n = gemm.m, gemm.n
             if clock:
                 clock("overhead")
-            columns.form(columns.locate(gemm.rows), gemm.pieces, n if self.channels_last else m, not self.channels_last)
+            columns.form(columns.locate(gemm.rows), gemm.pieces, n if self.channels_last else m)
             if clock:
                 clock("gemm")
             column = columns.buffer[: m * n].reshape(gemm.shape).transpose(gemm.order)
@@ -302,6 +316,12 @@ def axis_steps(axis: Axis, span: Range) -> list[Step]:
         if taps[0] < taps[1]:
             found.append(Step((start, stop), taps))
     return found
+
+
+def lines_never_packed(problem: Problem, w: Axis, rows: int, taps: int, tap_major: bool) -> bool:
+    """Whether columns of whole lines are all formed without packing, of at most so many rows and rows of the filter."""
+    fewest = w.coarse if w.coarse <= rows else 1, w.kernel * problem.cout if w.kernel * problem.cout <= taps else 1
+    return never_packed(problem, (fewest[0], rows), (fewest[1], taps), tap_major)
 
 
 class Sampled(NamedTuple):

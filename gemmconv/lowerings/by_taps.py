@@ -34,7 +34,7 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.columns import Buffers, Columns, Piece, across, columns_values, formed_s, turn
+from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed, turn
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
     MOST_STEPS_KEPT,
@@ -155,7 +155,8 @@ class ByTaps(AsItLies):
     def largest_product(self) -> int:
         # The fewest rows of a product are a whole line, unless lines are cut.
         fewest = self.axes[2].coarse if len(self.cuts[3]) == 1 else 1
-        if self.turned or across(self.problem, fewest, self.cuts[4].shortest):
+        taps = self.cuts[4].shortest, self.taps * self.channels
+        if self.turned or never_packed(self.problem, (fewest, self.rows), taps, tap_major=False):
             return LARGEST
         return self.rows * self.taps * self.channels * self.depth
 
@@ -224,7 +225,14 @@ class ByTaps(AsItLies):
         buffers = workspace.views(
             self,
             lambda: Buffers(
-                problem, workspace, self.rows, self.taps * self.channels, self.depth, self.widens, self.turned
+                problem,
+                workspace,
+                self.rows,
+                self.taps * self.channels,
+                self.depth,
+                tap_major=False,
+                widens=self.widens,
+                turned=self.turned,
             ),
         )
         columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
@@ -239,7 +247,7 @@ class ByTaps(AsItLies):
             for step in steps:
                 if clock:
                     clock("overhead")
-                columns.form(columns.locate(step.rows), step.pieces, step.width, False)
+                columns.form(columns.locate(step.rows), step.pieces, step.width)
                 if clock:
                     clock("gemm")
                 column = columns.buffer[: math.prod(step.shape)].reshape(step.shape)

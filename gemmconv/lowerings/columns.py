@@ -1,25 +1,27 @@
 """Columns: the products of rows of the value and rows of the filter, in a buffer, for every order of work of col2im.
 
-There are three ways to form them. GEMM takes both operands as they lie, and packs them. Where BLAS has kernels for
-small products (products.py) a filter that was turned before is multiplied without packing, and so is one as it lies,
-with rows that are its columns: with channels first they are that already, and few rows are turned.
+GEMM takes both operands as they lie, and packs them. Where BLAS has kernels for small products (products.py) it need
+not: they take lines of value and filter as they lie, unless there are many rows of few channels; a filter that was
+turned before; and one as it lies with rows that are its columns: with channels first they are that already, and very
+few rows are turned.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, Box, Operands, Workspace, address, copy_turned, five, must_widen
-from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, unpacked_s
-from gemmconv.lowerings.products import multiply, multiply_tiles, parts_values, unpacked
+from gemmconv.lowerings.base import Array, Box, Operands, Range, Workspace, address, copy_turned, five, must_widen
+from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, lines_s, unpacked_s
+from gemmconv.lowerings.products import lines_fit, multiply, multiply_lines, multiply_tiles, parts_values, unpacked
 from gemmconv.problem import Axis, Problem
 
 # Few rows, their most values, and the least of a filter that is large beside them.
-_FEW_ROWS, _SMALL, _LARGE = 64, 1 << 17, 1 << 15
+_FEW_ROWS, _SMALL, _LARGE = 24, 1 << 17, 1 << 15
 # The fewest rows that are columns of a product: a vector of BLAS' kernels.
 _VECTOR = 16
 
@@ -42,12 +44,25 @@ class Rows(NamedTuple):
 
 
 class Buffers:
-    """What columns take of a workspace, kept for later calls: the columns, and what is widened, turned or added."""
+    """What columns take of a workspace, kept for later calls: the columns, and what is widened, turned or added.
+
+    Columns of up to so many rows and rows of the filter lie [row, tap] or, `tap_major`, [tap, row].
+    """
 
     def __init__(
-        self, problem: Problem, workspace: Workspace, rows: int, taps: int, depth: int, widens: bool, turned: int = 0
+        self,
+        problem: Problem,
+        workspace: Workspace,
+        rows: int,
+        taps: int,
+        depth: int,
+        *,
+        tap_major: bool,
+        widens: bool,
+        turned: int = 0,
     ) -> None:
         self.problem, self.depth, self.widens, self.turned = problem, depth, widens, turned
+        self.tap_major = tap_major
         self.gemm = workspace.gemm
         self.columns, self.rows, self.taps, self.turned_rows, self.across, self.parts = map(
             workspace.take, columns_values(problem, rows, taps, depth, widens, turned)
@@ -56,7 +71,8 @@ class Buffers:
         self.columns_at, self.rows_at, self.taps_at = map(address, (self.columns, self.rows, self.taps))
         self.channels_first = problem.layout == "NCDHW"
         self.few = few_rows(problem) and not turned
-        self.unpacked = self.channels_first and not widens and not turned and unpacked(problem)
+        self.lines = by_lines(problem, rows, taps, tap_major)
+        self.unpacked = self.channels_first and tap_major and not widens and not turned and unpacked(problem)
 
 
 class Columns:
@@ -87,11 +103,8 @@ class Columns:
         ld = of_c if self._buffers.channels_first else of_w
         return Rows(hull, math.prod(hull.sizes), self._value_at + offset * self._gemm.itemsize, ld)
 
-    def form(self, rows: Rows, pieces: Sequence[Piece], ld: int, tap_major: bool) -> None:
-        """Form the columns of rows and of pieces of the filter, with `ld` values from line to line.
-
-        Columns lie [row, tap] or, tap_major, [tap, row].
-        """
+    def form(self, rows: Rows, pieces: Sequence[Piece], ld: int) -> None:
+        """Form the columns of rows and of pieces of the filter, with `ld` values from line to line."""
         cin, m, buffers = self._cin, rows.m, self._buffers
         if self._tiles is not None:
             value, to, n = self._flat(rows), self.buffer[: m * ld].reshape(m, ld), self._tiles.shape[2]
@@ -102,12 +115,14 @@ class Columns:
         if not buffers.widens:
             for piece in pieces:
                 if buffers.few and _large(m, piece.rows, cin):
-                    self._form_across(self._as_columns(rows), piece, ld, tap_major)
-                elif buffers.unpacked and tap_major and m >= _VECTOR and piece.rows > 1:
-                    self._form_across(self._flat(rows).T, piece, ld, tap_major)
+                    self._form_across(self._as_columns(rows), piece, ld)
+                elif buffers.lines and min(m, piece.rows) > 1:
+                    self._form_lines(rows, piece, ld)
+                elif buffers.unpacked and m >= _VECTOR and piece.rows > 1:
+                    self._form_across(self._flat(rows).T, piece, ld)
                 else:
                     at = self._filter_at + piece.first * self._pitch * self._gemm.itemsize
-                    self._multiply(m, cin, rows.address, rows.ld, piece, at, self._pitch, ld, tap_major, False)
+                    self._multiply(m, cin, rows.address, rows.ld, piece, at, self._pitch, ld, False)
             return
         for start in range(0, cin, buffers.depth):
             self._widen(rows.hull, start)
@@ -116,30 +131,39 @@ class Columns:
                 part = self._filter[piece.first : piece.first + piece.rows, start : start + k]
                 np.copyto(buffers.taps[: part.size].reshape(part.shape), part, casting="unsafe")
                 ld_rows = m if buffers.channels_first else k
-                self._multiply(m, k, buffers.rows_at, ld_rows, piece, buffers.taps_at, k, ld, tap_major, start > 0)
+                self._multiply(m, k, buffers.rows_at, ld_rows, piece, buffers.taps_at, k, ld, start > 0)
 
     def _multiply(
         self, m: int, k: int, rows: int, ld_rows: int, piece: Piece, taps: int, ld_taps: int,
-        ld: int, tap_major: bool, accumulate: bool,
+        ld: int, accumulate: bool,
     ) -> None:  # fmt: skip
         gemm, channels_first = self._gemm, self._buffers.channels_first
-        if tap_major:
+        if self._buffers.tap_major:
             to = self._buffers.columns_at + piece.column * ld * gemm.itemsize
             gemm(piece.rows, m, k, taps, ld_taps, False, rows, ld_rows, not channels_first, to, ld, accumulate)
         else:
             to = self._buffers.columns_at + piece.column * gemm.itemsize
             gemm(m, piece.rows, k, rows, ld_rows, channels_first, taps, ld_taps, True, to, ld, accumulate)
 
-    def _form_across(self, value: Array, piece: Piece, ld: int, tap_major: bool) -> None:
+    def _form_lines(self, rows: Rows, piece: Piece, ld: int) -> None:
+        """Form the columns of rows and of a piece of the filter, both as they lie, without packing."""
+        value, (first, n, column) = self._flat(rows), piece
+        taps = self._filter[first : first + n]
+        if self._buffers.tap_major:
+            multiply_lines(taps, value, self.buffer[column * ld : (column + n) * ld].reshape(n, ld)[:, : rows.m])
+        else:
+            multiply_lines(value, taps, self.buffer[: rows.m * ld].reshape(-1, ld)[:, column : column + n])
+
+    def _form_across(self, value: Array, piece: Piece, ld: int) -> None:
         """Form the columns of a piece of the filter as it lies and of rows [cin, row], without packing."""
         m, n = value.shape[1], piece.rows
         taps = self._filter[piece.first : piece.first + n]
-        if tap_major:
+        if self._buffers.tap_major:
             to = self.buffer[piece.column * ld : (piece.column + n) * ld].reshape(n, ld)[:, :m]
         else:
             to = self._buffers.across[: n * m].reshape(n, m)
         multiply(taps, value, to, self._buffers.parts)
-        if not tap_major:
+        if not self._buffers.tap_major:
             np.copyto(self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + n], to.T)
 
     def _flat(self, rows: Rows) -> Array:
@@ -179,9 +203,18 @@ def few_rows(problem: Problem) -> bool:
     )
 
 
-def across(problem: Problem, rows: int, channels: int) -> bool:
-    """Whether few rows are multiplied with any piece of so many rows of the filter without packing."""
-    return few_rows(problem) and _large(rows, channels, problem.cin)
+def never_packed(problem: Problem, rows: Range, taps: Range, tap_major: bool) -> bool:
+    """Whether columns of such numbers of rows, and of rows of the filter, are all formed without packing."""
+    few = few_rows(problem) and _large(rows[0], taps[0], problem.cin)
+    return few or (min(rows[0], taps[0]) > 1 and by_lines(problem, rows[1], taps[1], tap_major))
+
+
+@lru_cache(maxsize=1024)
+def by_lines(problem: Problem, rows: int, taps: int, tap_major: bool) -> bool:
+    """Whether columns of so many rows, and of rows of the filter, are formed of lines sooner than by GEMM."""
+    known = problem.layout == "NDHWC" and unpacked(problem) and not must_widen(problem)
+    m, n, k = rows, taps, problem.cin
+    return known and lines_fit(m, n, k) and lines_s(m, n, k) < gemm_s(m, n, k, tap_major=tap_major)
 
 
 def _large(rows: int, channels: int, cin: int) -> bool:
@@ -219,4 +252,6 @@ def formed_s(problem: Problem, m: float, n: float, *, tap_major: bool, turned: i
         return few_s(m, n, problem.cin) + written
     if problem.layout == "NCDHW" and tap_major and m >= _VECTOR and unpacked(problem) and not must_widen(problem):
         return unpacked_s(n, m, problem.cin) + written
-    return gemm_s(m, n, problem.cin) + written
+    if by_lines(problem, round(m), round(n), tap_major):
+        return lines_s(m, n, problem.cin) + written
+    return gemm_s(m, n, problem.cin, tap_major=tap_major) + written

@@ -17,6 +17,10 @@ _GEMM_FLOPS_PER_S = 135e9
 _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
 # Small products one after the other in a single step, without packing, and the k at which half of it is reached.
 _SMALL_FLOPS_PER_S, _SMALL_HALF_K = 145e9, 6
+# The same for products of lines of both operands, and the m and n at which half of it is reached.
+_LINES_FLOPS_PER_S, _LINES_HALF_MN, _LINES_HALF_K = 140e9, 2, 32
+# A value of rows that GEMM packs to form columns [tap, row], of few taps.
+_PACKED_ROW_S = 0.55e-9
 # A value of a matrix that is read once, from memory.
 _STREAMED_VALUE_S = 0.25e-9
 # A value of a large filter that small products read once.
@@ -50,6 +54,8 @@ MOST_STEPS_KEPT = 4096
 _BLOCK_S = 30e-6
 # Blocks that cannot be divided evenly leave workers idle: how many workers machines have, and how often, as a guess.
 _WORKERS = ((1, 0.4), (2, 0.4), (4, 0.2))
+# What several workers take to begin and to end together.
+_TOGETHER_S = 100e-6
 # Blocks are made of single phases of depth and height while there are fewer boxes than this.
 ENOUGH_BLOCKS = 16
 # The most workspace of a worker, in L2 caches.
@@ -74,17 +80,26 @@ class Costed(Protocol):
 S = TypeVar("S", bound=Costed)
 
 
-def gemm_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
-    """Return the time of one GEMM call; `spilled` says that it adds to sums that are not in cache."""
+def gemm_s(m: float, n: float, k: float, *, spilled: bool = False, tap_major: bool = False) -> float:
+    """Return the time of one GEMM call; `spilled` says that it adds to sums that are not in cache.
+
+    With `tap_major` it forms columns [n, m].
+    """
     if m == 1 and n * k > serial_products():  # as gemv
         return _STEP_S + n * k * _STREAMED_VALUE_S
-    added = m * n * SPILLED_VALUE_S if spilled else 0.0
+    added = m * n * SPILLED_VALUE_S * spilled + m * k * _PACKED_ROW_S * tap_major
     return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
 
 
 def unpacked_s(m: float, n: float, k: float, parts: int = 0) -> float:
     """Return the time of a product that is not packed, in one step and one more for each part that is added."""
     return (2 + parts) * _STEP_S + parts * m * n * 3 * _VALUE_S + 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
+
+
+def lines_s(m: float, n: float, k: float) -> float:
+    """Return the time of a product of m lines and n lines of a filter, as they lie, in one step."""
+    products = (m + _LINES_HALF_MN) * (n + _LINES_HALF_MN) * (k + _LINES_HALF_K)
+    return _STEP_S + n * k * _READ_VALUE_S + 2 * products / _LINES_FLOPS_PER_S
 
 
 def streamed_s(values: float, run: float) -> float:
@@ -132,7 +147,10 @@ def most_workspace_bytes(machine: Machine) -> int:
 
 
 def total_s(schedule: Costed, machine: Machine) -> float:
-    """Return the time on one core for all groups, with what is lost where workers wait for the last blocks."""
+    """Return the time on one core for all groups, with what workers lose as they begin and at the last blocks."""
     blocks = schedule.count * schedule.problem.groups
-    idle = sum(share * -(-blocks // workers) * workers for workers, share in _WORKERS) / blocks
-    return (schedule.time_s(machine) * schedule.problem.groups + blocks * _BLOCK_S) * idle
+    one_s = (schedule.time_s(machine) * schedule.problem.groups + blocks * _BLOCK_S) / blocks
+    return sum(
+        share * workers * (-(-blocks // workers) * one_s + (_TOGETHER_S if min(blocks, workers) > 1 else 0))
+        for workers, share in _WORKERS
+    )

@@ -26,6 +26,10 @@ _ROWS, _COLUMNS, _UNCUT, _VECTOR = 16, 32, 64, 16
 # least depth, and then to columns. Bytes of parts that are formed in one step.
 _KEPT, _PANEL, _LEAST = 1 << 19, 1 << 18, 128
 _PARTS = 1 << 18
+# Products of lines of both operands: OpenBLAS has unpacked ones of up to 1200 results and of 32 values or more. Tiles
+# have fewer, as they can be one row and one column longer. Long lines make them small, which many rows do not bear.
+_RESULTS, _FEWEST, _WIDE = 1024, 8, 128
+_SHORTEST, _LONG, _LONGEST, _MANY = 32, 800, 2048, 128
 
 
 class Tile(NamedTuple):
@@ -95,6 +99,27 @@ def multiply(a: Array, b: Array, out: Array, parts: Array, *, adds: bool = False
             continue
         for part in found:
             np.add(out, part, out)
+
+
+def lines_fit(m: int, n: int, k: int) -> bool:
+    """Whether BLAS is known to form a product of m lines and n lines of k values without packing, in small ones."""
+    return min(m, n) > 1 and _SHORTEST <= k <= (_LONG if m > _MANY else _LONGEST)
+
+
+def multiply_lines(a: Array, b: Array, out: Array) -> None:
+    """Form the product of each line of a [m, k] with each line of b [n, k] in out [m, n]; m and n are not 1."""
+    (m, k), n = a.shape, b.shape[0]
+    results = min(_RESULTS, _most() // k)
+    most = max(1, min(_WIDE, results // _FEWEST) // _VECTOR)
+    columns = _VECTOR * next((c for c in range(most, most // 2, -1) if n % (c * _VECTOR) == 0), most)
+    columns = min(n, columns)
+    rows = max(2, results // columns)
+    rows = -(-m // -(-m // rows))
+    for n0, n1, c in alike(n, columns):
+        right = b[n0:n1].reshape(c, 1, -1, k).transpose(0, 1, 3, 2)
+        for m0, m1, r in alike(m, rows):
+            to = out[m0:m1, n0:n1].reshape(r, -1, c, (n1 - n0) // c).transpose(2, 0, 1, 3)
+            np.matmul(a[m0:m1].reshape(r, -1, k), right, out=to)
 
 
 def _widest(item: int) -> int:
