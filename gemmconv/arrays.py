@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from gemmconv import results
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
@@ -152,7 +154,7 @@ def into(
     target = None if out is None else check_out(function, out, shape, dtype)
     native = [converted(array, dtype) for array in operands]
     if target is None or not target.flags.carray or target.dtype != dtype:
-        return target, np.empty(shape, dtype), native
+        return target, results.empty(shape, dtype), native
     return target, target, [array.copy() if np.may_share_memory(array, target) else array for array in native]
 
 

@@ -556,7 +556,7 @@ def _as_groups(problem: Problem) -> list[Problem]:
 
 
 def clear_cache() -> None:
-    """Forget all cached plans and free idle workspaces.
+    """Forget all cached plans, and free idle workspaces and the memory kept of large results that were dropped.
 
     Plans that the caller holds stay usable, and calls in flight keep their workspaces.
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv import profile, threads
+from gemmconv import profile, results, threads
 from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
@@ -258,9 +258,10 @@ def _complete(problem: Problem, machine: Machine) -> Schedule:
 
 
 def clear_idle() -> None:
-    """Free idle workspaces, and forget the schedules that others gave way to."""
+    """Free idle workspaces and memory of results, and forget the schedules that others gave way to."""
     _complete.cache_clear()
     _idle.clear()
+    results.clear()
 
 
 def _acquire(number: int, size: int, dtype: np.dtype[Any]) -> list[Workspace]:
