@@ -60,6 +60,9 @@ def pack(schedule: Schedule, problem: Problem, second: Array, workers: int) -> P
         second = mirrored(second, problem.groups)
     if adds_groups(schedule, problem):
         second = merged(second, problem.groups, problem.groups // of.groups)
+    adds_zeros = schedule.wants_finite_filter or adds_groups(schedule, problem)
+    if not (schedule.packed_values or adds_zeros):
+        return Packed(second, values, True)
     with np.errstate(all="ignore"):
         if schedule.packed_values:
             for group, to in enumerate(values):
@@ -71,7 +74,6 @@ def pack(schedule: Schedule, problem: Problem, second: Array, workers: int) -> P
                     schedule.pack(filter, to)
         # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
         looked_at = values if values.size else second
-        adds_zeros = schedule.wants_finite_filter or adds_groups(schedule, problem)
         usable = not adds_zeros or is_finite(looked_at)
     return Packed(second, values, usable)
 
@@ -283,4 +285,7 @@ def _release(workspaces: list[Workspace]) -> None:
     dtype = workspaces[0].gemm.dtype
     for workspace in workspaces:
         workspace.release()
-    _idle.setdefault(dtype, deque(maxlen=usable_cores())).extend(workspaces)
+    idle = _idle.get(dtype)
+    if idle is None:
+        idle = _idle.setdefault(dtype, deque(maxlen=usable_cores()))
+    idle.extend(workspaces)

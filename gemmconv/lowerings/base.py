@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -282,7 +283,8 @@ def address(array: Array) -> int:
     return at
 
 
-def steps_of(layout: str, filter: bool, shape: Sequence[int], order: Sequence[int]) -> Steps:
+@lru_cache(maxsize=256)
+def steps_of(layout: str, filter: bool, shape: tuple[int, ...], order: tuple[int, ...]) -> Steps:
     """Return the steps of a C-contiguous array of a shape in the layout's order, its spatial axes in another order."""
     behind = [1] * 5
     for i in (3, 2, 1, 0):
@@ -302,12 +304,13 @@ def five(layout: str, array: Array, batch: int, spatial: Sequence[int], channels
     return array.reshape(batch, channels, *spatial).transpose(0, 2, 3, 4, 1)
 
 
-def order(axes: Sequence[Axis]) -> list[int]:
+@lru_cache(maxsize=256)
+def order(axes: tuple[Axis, Axis, Axis]) -> tuple[int, ...]:
     """Return the order in which schedules take axes: those of size one first.
 
     Moving them changes no address, and makes the longest runs innermost.
     """
-    return sorted(range(len(axes)), key=lambda i: not axes[i].coarse == axes[i].fine == axes[i].kernel == 1)
+    return tuple(sorted(range(3), key=lambda i: not axes[i].coarse == axes[i].fine == axes[i].kernel == 1))
 
 
 def canonical(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from gemmconv.lowerings.base import (
+    Array,
     AsItLies,
     Bounds,
     Box,
@@ -46,6 +47,7 @@ _FEW_ROWS, _MOST_ROWS = 16, 4096
 _MOST_TAPS = 1024  # filter rows of one GEMM, unless all columns are few
 _MOST_COLUMNS = 65536
 _FEW_VALUES = 256  # of an accumulator: blocks are not cut below this
+_MOST_SEEN = 32  # blocks for which views of a workspace are kept
 _L2_SHARE = 0.75
 _COLUMNS_SHARE = 1.0
 _PACK_SHARE = 0.25
@@ -88,6 +90,16 @@ class Program(NamedTuple):
     products: list[Product]
     region: Index
     stores: list[tuple[Index, Index]]
+
+
+class Seen(NamedTuple):
+    """What a program sees of a workspace: its sums, and for each GEMM where columns are added; what is stored."""
+
+    buffers: Buffers
+    sums: Array
+    additions: list[list[tuple[Array, Array]]]
+    item_size: int  # of the items that channels are stored as, or 0
+    stored: list[Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,53 +205,59 @@ class ByRows(AsItLies):
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         if self._run >= SHORT_RUN:
             np.setbufsize(SMALLEST_BUFFER)
-        problem, axes = self.problem, self.axes
-        buffers = workspace.views(
-            self,
-            lambda: Buffers(
-                problem,
-                workspace,
-                self.rows,
-                self.taps,
-                self.depth,
-                tap_major=not self.channels_last,
-                widens=self.widens,
-            ),
-        )
-        columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
+        problem, clock = self.problem, workspace.clock
         program = self._program(index)
+        if self.count <= _MOST_SEEN and index in self.programs:
+            seen = workspace.views(program, lambda: self._seen(program, self._buffers(workspace), workspace))
+        else:
+            buffers = workspace.views(self, lambda: self._buffers(workspace))
+            seen = self._seen(program, buffers, workspace)
+        columns = workspace.once(operands, lambda: Columns(seen.buffers, self.axes, operands))
+        seen.sums[...] = operands.start((0, problem.cout), 7)
+        for gemm, additions in zip(program.products, seen.additions, strict=True):
+            if clock:
+                clock("overhead")
+            columns.form(columns.locate(gemm.rows), gemm.pieces, gemm.n if self.channels_last else gemm.m)
+            if clock:
+                clock("gemm")
+            for cells, column in additions:
+                np.add(cells, column, cells)
+            if clock:
+                clock("col2im")
+        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
+        if self.gaps:
+            output[program.region] = operands.start((0, problem.cout))
+        if seen.item_size:
+            output = as_items(output, seen.item_size)
+        for source, (_, to) in zip(seen.stored, program.stores, strict=True):
+            if seen.item_size:
+                np.copyto(output[to], source)
+            else:
+                store(output[to], source)
+        if clock:
+            clock("store")
+
+    def _buffers(self, workspace: Workspace) -> Buffers:
+        tap_major = not self.channels_last
+        return Buffers(
+            self.problem, workspace, self.rows, self.taps, self.depth, tap_major=tap_major, widens=self.widens
+        )
+
+    def _seen(self, program: Program, buffers: Buffers, workspace: Workspace) -> Seen:
+        """Return what the steps of a program see of a workspace, for which Python takes longer than for small steps."""
         if self.channels_last:
             sums = workspace.take(*program.shape[1:], program.shape[0]).transpose(7, 0, 1, 2, 3, 4, 5, 6)
         else:
             sums = workspace.take(*program.shape)
-        sums[...] = operands.start((0, problem.cout), 7)
-        clock = workspace.clock
+        additions = []
         for gemm in program.products:
-            m, n = gemm.m, gemm.n
-            if clock:
-                clock("overhead")
-            columns.form(columns.locate(gemm.rows), gemm.pieces, n if self.channels_last else m)
-            if clock:
-                clock("gemm")
-            column = columns.buffer[: m * n].reshape(gemm.shape).transpose(gemm.order)
-            for source, to in gemm.moves:
-                cells = sums[to]
-                np.add(cells, column[source], cells)
-            if clock:
-                clock("col2im")
-        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
-        if self.gaps:
-            output[program.region] = operands.start((0, problem.cout))
-        size = item_size(problem, problem.cout) if self.channels_last else 0
-        if size:
-            output, last = as_items(output, size), as_items(sums.transpose(1, 2, 3, 4, 5, 6, 7, 0), size)
-            for (_, *where), to in program.stores:
-                np.copyto(output[to], last[tuple(where)])
-        else:
-            for source, to in program.stores:
-                store(output[to], sums[source].transpose(1, 2, 3, 4, 0))
-        if clock:
-            clock("store")
+            column = buffers.columns[: gemm.m * gemm.n].reshape(gemm.shape).transpose(gemm.order)
+            additions.append([(sums[to].squeeze(), column[source].squeeze()) for source, to in gemm.moves])
+        size = item_size(self.problem, self.problem.cout) if self.channels_last else 0
+        last = sums.transpose(1, 2, 3, 4, 5, 6, 7, 0)
+        last = as_items(last, size) if size else last
+        stored = [last[(*source[1:], ...)] for source, _ in program.stores]
+        return Seen(buffers, sums, additions, size, stored)
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for small schedules, where making it would take longer than doing it."""
