@@ -228,7 +228,8 @@ class Plan:
         Returns
         -------
         Prepared
-            Call it as ``prepared(value, out=None)``. Results have the bits of the plan's.
+            Call it as ``prepared(value, out=None)``. Results have the bits of the calls of `Prepared.plan`, which may
+            take another lowering or other blocks than this plan, since packing the filter does not count for it.
 
         Raises
         ------
@@ -248,9 +249,11 @@ class Plan:
         w = arrays.operand(name, "filter", filter, self.dtype)
         self._check(name, "filter", w, self.problem.operand_shapes[1])
         kept = arrays.converted(w, self.problem.dtype).copy()
-        return Prepared(
-            self, kept, None if self.schedule is None else running.pack(self.schedule, self.problem, kept, self.workers)
-        )
+        plan = make_plan(replace(self.problem, prepared=True), self.machine, self.requested, self.workers)
+        packed = None
+        if plan.schedule is not None:
+            packed = running.pack(plan.schedule, plan.problem, kept, plan.workers)
+        return Prepared(plan, kept, packed)
 
     def part(self, box: Any) -> Part:
         """Take a box of the result by itself: what it needs of the operands, and how it is computed from that alone.
@@ -473,7 +476,7 @@ class Prepared:
     Attributes
     ----------
     plan : Plan
-        What it was made from.
+        By which values are computed: that of the problem with its filter packed before.
     filter : ndarray
         A copy of the filter, in the plan's dtype.
     packed : Packed or None
@@ -485,7 +488,7 @@ class Prepared:
     packed: Packed | None
 
     def __call__(self, value: Any, out: Array | None = None, *, progress: Progress | None = None) -> Array:
-        """Compute the result for a value, with the bits of the plan's.
+        """Compute the result for a value, with the bits that `plan` gives for it and the filter.
 
         Parameters
         ----------

@@ -82,6 +82,7 @@ class Problem:
 
     ``cin`` and ``cout`` are the channels of *one* group of the coarse and of the fine array, named for the transposed
     convolution, whose input is coarse. ``dtype`` is the result's. Axes are depth, height and width in either layout.
+    ``prepared`` says that the filter is packed once for many calls, so that what packing takes does not count.
     """
 
     operation: str
@@ -92,6 +93,7 @@ class Problem:
     dtype: np.dtype[Any]
     layout: str = "NDHWC"
     groups: int = 1
+    prepared: bool = False
 
     @property
     def coarse(self) -> tuple[int, int, int]:

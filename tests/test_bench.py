@@ -168,7 +168,7 @@ def test_compare(speed, tmp_path):
 def test_operations(speed, tmp_path, op, algorithm, roof):
     """Others than the transposed convolution: right, with their own roof, drawn, and not compared with another's."""
     path = tmp_path / "result.json"
-    against = f"gemmconv:{algorithm},numpy,onnxruntime,{HERE}right_{op}"
+    against = f"gemmconv:{algorithm},gemmconv:prepared,numpy,onnxruntime,{HERE}right_{op}"
     arguments = ("--suite", "tiny", "--only", "line,odd", *QUICK, "--layout", "NCDHW", "--json", path)
     text = bench("run", "--op", op, "--against", against, *arguments)
     found = json.loads(path.read_text())
@@ -181,6 +181,9 @@ def test_operations(speed, tmp_path, op, algorithm, roof):
     assert f"{op}, 1 worker(s)" in text
     if op == "conv3d_backprop_filter":
         assert f"onnxruntime was not measured: it has no {op}" in text
+        assert f"gemmconv:prepared was not measured: {op} has no filter to prepare" in text
+    else:
+        assert rows["prepared", "tiny_odd"]["status"] == "ok"
     assert [found["layer_roofs"][0][key] for key in "mnk"] == roof  # of tiny_odd
     assert len(bench("plot", path).split()) >= 2
     assert f"op was 'conv3d_transpose' and is '{op}'" in bench("compare", speed[1], path, status=2)

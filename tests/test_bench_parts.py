@@ -266,6 +266,7 @@ def test_contenders_have_operations_or_say_not():
     assert "it has" not in engine.missing("conv3d")
     assert (library.missing("conv3d_transpose"), library.missing("conv3d")) == ("", "it has no conv3d")
     assert contenders.parse("gemmconv:im2col", "conv3d").what == "im2col"
+    assert contenders.parse("gemmconv:prepared").name == "gemmconv:prepared"
     with pytest.raises(ValueError, match="gemmconv has no conv3d_transpose algorithm 'im2col', it has auto, col2im, "):
         contenders.parse("gemmconv:im2col")
 

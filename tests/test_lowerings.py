@@ -11,6 +11,7 @@ import math
 import re
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -368,13 +369,31 @@ def test_the_same_bits_however_asked_for(dtype, layout):
                 changing = filter.copy()
                 layers = [plan.prepare(array) for plan in (one, two) for array in (np.asfortranarray(filter), changing)]
                 changing[...] = 77
+                want = layers[0].plan(value, filter)
                 for layer in layers:
-                    assert not same_bits(layer(other), first)
+                    assert not same_bits(layer(other), want)
                     out = np.empty(first.shape[::-1], dtype).T
                     assert layer(value, out=out) is out
-                    assert same_bits(layer(value), first)
-                    assert same_bits(np.ascontiguousarray(out), first)
-                assert two.packed_bytes in (0, layers[2].packed.values.nbytes)
+                    assert same_bits(layer(value), want)
+                    assert same_bits(np.ascontiguousarray(out), want)
+                assert layers[2].plan.packed_bytes in (0, layers[2].packed.values.nbytes)
+
+
+def test_packing_does_not_count_for_a_prepared_filter():
+    """Wherever the filter is packed the estimate is lower by it, whatever is taken then; the rest is the plan's."""
+    for shape in ((4, 4, 4, 16, 32), (3, 3, 3, 32, 32), (2, 2, 2, 32, 32)):
+        for name in (*WITHOUT_GROUPS, "auto"):
+            try:
+                plan = plan_conv3d_transpose((1, 8, 8, 8, 32), shape, strides=2, algorithm=name)
+            except ValueError:
+                continue
+            layer = plan.prepare(np.ones(shape, np.float32))
+            assert layer.plan.problem == replace(plan.problem, prepared=True)
+            assert (layer.plan.requested, layer.plan.workers) == (plan.requested, plan.workers)
+            before, after = (dict(p.estimates)[p.algorithm] for p in (plan, layer.plan))
+            assert after < before if plan.packed_bytes else after <= before
+            again = layer.plan.prepare(np.ones(shape, np.float32))
+            assert again.plan is layer.plan
 
 
 @pytest.mark.parametrize("name", WITHOUT_GROUPS)

@@ -12,6 +12,8 @@ from pathlib import Path
 from bench.contenders.base import Contender
 from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE
 
+# What stands in place of an algorithm for a filter that is prepared before.
+PREPARED = "prepared"
 PEERS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # What each needs to be installed. The two engines are given an ONNX model.
 NEEDS = {
@@ -25,7 +27,9 @@ NEEDS = {
 LACKS = {"onnxruntime": (FILTER_GRADIENT,), "openvino": (FILTER_GRADIENT,), "library": (CONV, FILTER_GRADIENT)}
 LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
 FORMS = (
-    "gemmconv, gemmconv:ALGORITHM, numpy, " + ", ".join(PEERS) + ", module:function, file.py:function, lib.so:symbol"
+    "gemmconv, gemmconv:ALGORITHM, gemmconv:prepared, numpy, "
+    + ", ".join(PEERS)
+    + ", module:function, file.py:function, lib.so:symbol"
 )
 
 
@@ -43,6 +47,8 @@ class Spec:
         """Why it cannot be measured on an operation: packages that are not installed, or it has none; else empty."""
         if op in LACKS.get(self.kind, ()):
             return f"it has no {op}"
+        if self.what == PREPARED and op == FILTER_GRADIENT:
+            return f"{op} has no filter to prepare"
         packages = [package for package in NEEDS.get(self.kind, ()) if importlib.util.find_spec(package) is None]
         return f"not installed: {', '.join(packages)}" if packages else ""
 
@@ -56,7 +62,7 @@ def parse(text: str, op: str = TRANSPOSE) -> Spec:
         from gemmconv.lowerings import LOWERINGS
 
         known = LOWERINGS[op]
-        if what not in known:
+        if what not in (*known, PREPARED):
             raise ValueError(f"{text}: gemmconv has no {op} algorithm {what!r}, it has auto, {', '.join(known)}")
         return Spec(text, "gemmconv", "", what, text)
     if text == "numpy" or text in PEERS:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.contenders import PREPARED
 from bench.contenders.base import Call, Job, Unsupported, packed, signature
 from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
 from bench.reference import Array
@@ -39,6 +40,8 @@ class Gemmconv:
         from gemmconv import calls
 
         layer, asked = job.layer, problem_of(job)
+        if self.algorithm == PREPARED:
+            return [prepared(job, asked)]
         try:
             plan = calls.plan("bench", asked, self.algorithm, job.workers)
         except ValueError as refusal:  # a lowering that cannot do every problem says so, and is no worse for it
@@ -54,6 +57,20 @@ class Gemmconv:
             call = partial(getattr(gemmconv, name), *arguments, **keywords, **options)
         into, shape = (lambda out: call(out=out)), layer.result_shape(job.layout)
         return [Call(job.layout, call, lambda result: result, into, shape, plan.algorithm)]
+
+
+def prepared(job: Job, asked: Any) -> Call:
+    """A call with the value alone, of a filter that was prepared before."""
+    from gemmconv import calls
+
+    held = calls.plan("bench", asked, workers=job.workers).prepare(job.second.reshape(asked.filter_shape))
+    shape = job.layer.result_shape(job.layout)
+
+    def call(out: Array | None = None) -> Array:
+        lifted = None if out is None else out.reshape(asked.result_shape)
+        return held(job.first.reshape(asked.operand_shapes[0]), lifted).reshape(shape)
+
+    return Call(job.layout, call, lambda result: result, lambda out: call(out), shape, held.plan.algorithm)
 
 
 def problem_of(job: Job) -> Any:

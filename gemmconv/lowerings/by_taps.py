@@ -44,6 +44,7 @@ from gemmconv.lowerings.cost import (
     TURNED_VALUE_S,
     best,
     copy_s,
+    packing_s,
     pass_s,
 )
 from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
@@ -190,7 +191,7 @@ class ByTaps(AsItLies):
         total = (
             gemms * pieces * formed_s(problem, rows, n / pieces, tap_major=False, turned=self.turned, spilled=spilled)
         )
-        total += self.packed_values * TURNED_VALUE_S
+        total += packing_s(problem, self.packed_values * TURNED_VALUE_S)
         if self.direct:
             if scattered:
                 return total + steps * rows * self.lanes * self.channels * SCATTERED_VALUE_S

@@ -32,7 +32,7 @@ from gemmconv.lowerings.base import (
     copy_turned,
     digit,
 )
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, pass_s, unpacked_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s, unpacked_s
 from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
@@ -232,7 +232,8 @@ class Filtered(Tiling):
                 steps += 2 * n + sum(passes) + strands + 1
         total += steps * STEP_S
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
-        return self.count * total + filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
+        packing = filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
+        return self.count * total + packing_s(problem, packing)
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Turn taps to tiles, combine them along both axes, and lay them out; a part is some of the input channels."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import Array, Bounds, Cut, Index, Operands, Workspace, aligned, canonical, digit
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, pass_s, unpacked_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s, unpacked_s
 from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import phases
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
@@ -240,7 +240,7 @@ class FilteredConv(Tiling):
             steps += passes
         total += copy_s(results * sums, sizes[4], steps=0, spilled=True, strided=strided)
         steps += math.prod(self.units) + 2
-        packing = copy_s(3 * self.packed_values, problem.cin, spilled=True)
+        packing = packing_s(problem, copy_s(3 * self.packed_values, problem.cin, spilled=True))
         return self.count * (total + steps * STEP_S) + packing
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:

@@ -28,7 +28,15 @@ from gemmconv.lowerings.base import (
     located,
 )
 from gemmconv.lowerings.columns import turn
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, TURNED_VALUE_S, best, pass_s, unpacked_s
+from gemmconv.lowerings.cost import (
+    SMALLEST_BUFFER,
+    SPILLED_VALUE_S,
+    TURNED_VALUE_S,
+    best,
+    packing_s,
+    pass_s,
+    unpacked_s,
+)
 from gemmconv.lowerings.products import LARGEST, largest_rows, tile_columns, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -112,7 +120,9 @@ class InPlace(AsItLies):
         spilled = self._values * self.problem.compute_dtype.itemsize > machine.l2_bytes
         rows = values / self._lanes / self.count
         each = unpacked_s(rows, self._lanes, self.problem.cin) + pass_s(values / self.count, values, spilled=spilled)
-        return self.packed_values * TURNED_VALUE_S + values * SPILLED_VALUE_S + self.count * each
+        return (
+            packing_s(self.problem, self.packed_values * TURNED_VALUE_S) + values * SPILLED_VALUE_S + self.count * each
+        )
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)

@@ -39,7 +39,15 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes
+from gemmconv.lowerings.cost import (
+    MOST_STEPS_KEPT,
+    SMALLEST_BUFFER,
+    best,
+    copy_s,
+    gemm_s,
+    most_workspace_bytes,
+    packing_s,
+)
 from gemmconv.lowerings.grids import Panel, Sizes, as_rows, fill, panels, side_by_side
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine
@@ -170,7 +178,8 @@ class Kn2Row:
         run = channels * self.lanes
         total += stores * copy_s(values, run, spilled=True, strided=problem.layout == "NCDHW" and axes[2].stride > 1)
         packed = self.packed_values
-        return total + copy_s(packed, problem.cin * problem.cout, steps=math.prod(problem.kernel) if packed else 0)
+        steps = math.prod(problem.kernel) if packed else 0
+        return total + packing_s(problem, copy_s(packed, problem.cin * problem.cout, steps=steps))
 
     def products_s(self, rows: float, *, spilled: bool) -> float:
         """Return the estimated time of one product for each panel."""

@@ -45,6 +45,7 @@ from gemmconv.lowerings.cost import (
     best,
     copy_s,
     most_workspace_bytes,
+    packing_s,
     pass_s,
     total_s,
 )
@@ -194,7 +195,8 @@ class Winograd:
         strided = problem.layout == "NCDHW" and self.axes[2].stride > 1
         each = math.prod(problem.fine_shape) / stores
         total += stores * copy_s(each, run, spilled=True, strided=strided)
-        return total + copy_s(2 * self.packed_values, cin * problem.cout, steps=8 * len(inner.panels[0]))
+        packing = copy_s(2 * self.packed_values, cin * problem.cout, steps=8 * len(inner.panels[0]))
+        return total + packing_s(problem, packing)
 
     @property
     def reason(self) -> str:

@@ -40,7 +40,7 @@ from gemmconv.lowerings.base import (
     five,
     store,
 )
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, pass_s, total_s
+from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, packing_s, pass_s, total_s
 from gemmconv.lowerings.pairs import SIGNS, Pairs, Piece, Term, add_points, combine_cells, combine_taps, scheme
 from gemmconv.lowerings.phases import Slots, places, slots
 from gemmconv.lowerings.turned import twin
@@ -186,7 +186,7 @@ class Paired:
                     packing += 2 * copy_s(self.kernel * self.pairs.residues[i] * cout * problem.cin, n, spilled=True)
             total += (2 * len(b.points) + 2) * pass_s(rows * n, rows * n, spilled=spilled)
         total += copy_s(rows * a.pair * b.pair * n, n, steps=a.pair * b.pair, spilled=True, strided=strided)
-        return total * self.count + packing
+        return total * self.count + packing_s(problem, packing)
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Combine the taps of both filtered axes, and lay them out as [channels, term, tap of the third axis, ...]."""
