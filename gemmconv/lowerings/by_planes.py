@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemmconv.lowerings.base import (
+    Array,
     AsItLies,
     Bounds,
     Box,
@@ -35,7 +36,16 @@ from gemmconv.lowerings.base import (
     simplified,
     store,
 )
-from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, lines_never_packed, meetings, pieces, sample
+from gemmconv.lowerings.by_rows import (
+    MOST_SEEN,
+    axis_steps,
+    chunks,
+    groups,
+    lines_never_packed,
+    meetings,
+    pieces,
+    sample,
+)
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
@@ -76,6 +86,15 @@ class Program(NamedTuple):
     products: list[Product]
     region: Index
     stores: list[tuple[Index, Index]]
+
+
+class Seen(NamedTuple):
+    """What a program sees of a workspace: its sums, for each GEMM what to clear and to add to what; what is stored."""
+
+    buffers: Buffers
+    sums: Array
+    folds: list[tuple[list[Array], list[tuple[Array, Array]]]]
+    stored: list[Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,39 +174,49 @@ class ByPlanes(AsItLies):
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
-        problem, axes = self.problem, self.axes
-        buffers = workspace.views(
-            self,
-            lambda: Buffers(problem, workspace, self.rows, self.taps, self.depth, tap_major=True, widens=self.widens),
-        )
-        columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
-        program, clock = self._program(index), workspace.clock
-        sums = workspace.take(*program.shape)
-        sums[...] = operands.start((0, problem.cout), 3)
-        lines = sums.reshape(*program.shape[:5], program.shape[5] * program.shape[6])
-        for gemm in program.products:
+        problem, clock = self.problem, workspace.clock
+        program = self._program(index)
+        if self.count <= MOST_SEEN and index in self.programs:
+            seen = workspace.views(program, lambda: self._seen(program, self._buffers(workspace), workspace))
+        else:
+            buffers = workspace.views(self, lambda: self._buffers(workspace))
+            seen = self._seen(program, buffers, workspace)
+        columns = workspace.once(operands, lambda: Columns(seen.buffers, self.axes, operands))
+        seen.sums[...] = operands.start((0, problem.cout), 3)
+        for gemm, (wraps, additions) in zip(program.products, seen.folds, strict=True):
             if clock:
                 clock("overhead")
-            m = math.prod(gemm.shape[4:])
-            columns.form(columns.locate(gemm.rows), gemm.pieces, m)
+            columns.form(columns.locate(gemm.rows), gemm.pieces, math.prod(gemm.shape[4:]))
             if clock:
                 clock("gemm")
-            column = columns.buffer[: math.prod(gemm.shape)].reshape(gemm.shape)
-            for wrap in gemm.wraps:
-                column[wrap] = 0
-            column = column.reshape(*gemm.shape[:5], gemm.shape[5] * gemm.shape[6])
-            for source, to in gemm.moves:
-                cells = lines[to]
-                np.add(cells, column[source], cells)
+            for cells in wraps:
+                cells[...] = 0
+            for cells, column in additions:
+                np.add(cells, column, cells)
             if clock:
                 clock("col2im")
-        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
+        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
         if self.gaps:
             output[program.region] = operands.start((0, problem.cout))
-        for source, to in program.stores:
-            store(output[to], sums[source].transpose(1, 2, 3, 0))
+        for source, (_, to) in zip(seen.stored, program.stores, strict=True):
+            store(output[to], source)
         if clock:
             clock("store")
+
+    def _buffers(self, workspace: Workspace) -> Buffers:
+        return Buffers(self.problem, workspace, self.rows, self.taps, self.depth, tap_major=True, widens=self.widens)
+
+    def _seen(self, program: Program, buffers: Buffers, workspace: Workspace) -> Seen:
+        """Return what the steps of a program see of a workspace, for which Python takes longer than for small steps."""
+        sums = workspace.take(*program.shape)
+        lines = sums.reshape(*program.shape[:5], program.shape[5] * program.shape[6])
+        folds = []
+        for gemm in program.products:
+            column = buffers.columns[: math.prod(gemm.shape)].reshape(gemm.shape)
+            of_lines = column.reshape(*gemm.shape[:5], gemm.shape[5] * gemm.shape[6])
+            additions = [(lines[to].squeeze(), of_lines[source].squeeze()) for source, to in gemm.moves]
+            folds.append(([column[wrap] for wrap in gemm.wraps], additions))
+        return Seen(buffers, sums, folds, [sums[source].transpose(1, 2, 3, 0) for source, _ in program.stores])
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for small schedules, where making it would take longer than doing it."""

@@ -47,7 +47,7 @@ _FEW_ROWS, _MOST_ROWS = 16, 4096
 _MOST_TAPS = 1024  # filter rows of one GEMM, unless all columns are few
 _MOST_COLUMNS = 65536
 _FEW_VALUES = 256  # of an accumulator: blocks are not cut below this
-_MOST_SEEN = 32  # blocks for which views of a workspace are kept
+MOST_SEEN = 32  # blocks for which views of a workspace are kept
 _L2_SHARE = 0.75
 _COLUMNS_SHARE = 1.0
 _PACK_SHARE = 0.25
@@ -207,7 +207,7 @@ class ByRows(AsItLies):
             np.setbufsize(SMALLEST_BUFFER)
         problem, clock = self.problem, workspace.clock
         program = self._program(index)
-        if self.count <= _MOST_SEEN and index in self.programs:
+        if self.count <= MOST_SEEN and index in self.programs:
             seen = workspace.views(program, lambda: self._seen(program, self._buffers(workspace), workspace))
         else:
             buffers = workspace.views(self, lambda: self._buffers(workspace))
