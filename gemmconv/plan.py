@@ -19,7 +19,8 @@ import numpy as np
 from gemmconv import arrays, parts, profile, running
 from gemmconv.arrays import Array
 from gemmconv.lowerings import LOWERINGS, OF_GROUPS, CannotLowerError, Schedule
-from gemmconv.lowerings.base import Bounds, order
+from gemmconv.lowerings.base import order
+from gemmconv.lowerings.boxes import Bounds
 from gemmconv.lowerings.cost import total_s
 from gemmconv.machine import Machine
 from gemmconv.part import Part, bounds_of

@@ -21,7 +21,8 @@ from gemmconv import profile, results, threads
 from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
-from gemmconv.lowerings.base import InShares, PackedInParts, Steps, is_finite, order, steps_of
+from gemmconv.lowerings.base import InShares, PackedInParts, Steps, order, steps_of
+from gemmconv.lowerings.copies import is_finite
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 

@@ -34,7 +34,7 @@ from gemmconv.lowerings import (
     products,
     winograd,
 )
-from gemmconv.lowerings.base import Box, Cut
+from gemmconv.lowerings.boxes import Box, Cut
 from gemmconv.lowerings.columns import Columns
 from gemmconv.lowerings.phases import slots
 from gemmconv.machine import Machine
@@ -227,6 +227,56 @@ def test_rows_as_columns_of_the_filter(order, layout, dtype, unpacked, monkeypat
         assert set(formed) == (set() if order == "by_taps" else {True})
     else:
         assert set(formed) == {order != "by_taps"} | ({False} if order == "by_rows" else set())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [3000, 40_000, 1_000_000])
+def test_products_of_lines_of_both_operands(size, dtype, unpacked):
+    """Every cell is the whole sum, whatever the sizes are cut to; lines may be apart, and cells of the result too."""
+    unpacked(size)
+    rng = np.random.default_rng(23)
+    for m, n in [(2, 2), (2, 700), (700, 2), (3, 129), (33, 33), (17, 1000), (1000, 17), (64, 256), (131, 65)]:
+        for k in (32, 47, 300, 900):
+            a, b = (integers(rng, (2 * rows, k + 3), np.dtype(dtype))[::2, :k] for rows in (m, n))
+            out = np.full((m, n + 5), np.nan, dtype)
+            products.multiply_lines(a, b, out[:, 2:-3])
+            assert np.array_equal(out[:, 2:-3], a.astype(np.int64) @ b.T.astype(np.int64))
+            assert np.isnan(out[:, :2]).all()
+            assert np.isnan(out[:, -3:]).all()
+
+
+@pytest.mark.parametrize("order", ["by_taps", "by_rows", "by_planes"])
+def test_columns_of_lines(order, unpacked, monkeypatch):
+    """Columns of lines of value and filter as they lie, in either order; a schedule that says so packs no product."""
+    unpacked(1_000_000)
+    formed, form = [], Columns._form_lines
+
+    def counted(self, rows, piece, ld):
+        formed.append(self._buffers.tap_major)
+        form(self, rows, piece, ld)
+
+    monkeypatch.setattr(Columns, "_form_lines", counted)
+    rng, never = np.random.default_rng(29), 0
+    shapes = [
+        ((3, 4, 5), 4, 2, 24, 200),
+        ((2, 7, 9), 4, 2, 2, 64),
+        ((3, 5, 3), 3, 2, 70, 130),
+        ((2, 30, 40), 3, 1, 2, 96),
+    ]
+    for (n, k, s, cout, cin), l2_bytes, batch in itertools.product(shapes, (1 << 16, CACHE), (1, 3)):
+        value, filter = integers(rng, (batch, *n, cin), np.float32), integers(rng, (k, k, k, cout, cin), np.float32)
+        problem = conv3d_transpose_problem(value.shape, filter.shape, None, s, "SAME", "NDHWC", 1, value.dtype)
+        plan = plan_of(problem, order, l2_bytes)
+        if plan is None:
+            continue
+        with monkeypatch.context() as held:
+            if plan.schedule.largest_product == products.LARGEST:
+                never += 1
+                held.setattr("gemmconv.blas.Gemm.__call__", None)
+            got = plan(value, filter)
+        assert same_bits(got, oracle.rounded(expected(problem, value, filter), problem.dtype))
+    assert set(formed) == {"by_taps": {False}, "by_rows": {False, True}, "by_planes": {True}}[order]
+    assert never > 3
 
 
 def test_no_product_of_a_vector_is_left():

@@ -1,4 +1,4 @@
-"""What every lowering shares: its operands, a worker's workspace, and boxes of rows.
+"""What every lowering shares: a worker's workspace, the operands, what a schedule is, and how problems are seen.
 
 A lowering turns a Problem into a Schedule: a fixed number of blocks, each a box of the output that no other block
 writes, and a method that runs one of them in a given workspace. It parses no arguments and chooses no other lowering.
@@ -7,47 +7,40 @@ writes, and a method that runs one of them in a given workspace. It parses no ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from gemmconv.blas import Gemm, largest_integer
+from gemmconv.lowerings.boxes import Bounds, Range
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 from gemmconv.profile import Clock
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Range = tuple[int, int]
-Index = tuple[Any, ...]
 # From each index of an array to the next, in values: [batch, depth, height, width, channel], or of a filter its axes.
 Steps = tuple[int, int, int, int, int]
-# What a block writes of the result, on some of its axes: batch, depth, height, width and channels, as 0 to 4.
-Bounds = tuple[tuple[int, Range], ...]
 T = TypeVar("T")
 
-_ALIGNMENT = 64
-# Bytes of a run that NumPy copies faster as one item.
-_SHORT_BYTES = 512
-# Bytes between lines of which half a first cache holds a few only.
-_CONFLICT = 2048
+ALIGNMENT = 64
 # Of how many keys a workspace keeps views.
 _MOST_VIEWS = 64
 
 
 def aligned(size: int) -> int:
     """Round a number of bytes up to whole cache lines."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Workspace:
     """Memory of one worker for one call, handed out from the start for each block, its GEMM, and its clock if any."""
 
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
-        raw = np.empty(size + _ALIGNMENT, np.uint8)
-        self._memory = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
+        raw = np.empty(size + ALIGNMENT, np.uint8)
+        self._memory = raw[-raw.ctypes.data % ALIGNMENT :][:size]
         self.used = 0
         self._kept: tuple[Operands, Any] | None = None
         self._views: dict[int, tuple[object, Any, int]] = {}
@@ -236,47 +229,6 @@ class AsItLies:
         """Do nothing."""
 
 
-def digit(axis: int, spans: Iterable[Range]) -> list[Bounds]:
-    """Return the digit of blocks that write these intervals along an axis of the result."""
-    return [((axis, span),) for span in spans]
-
-
-def each(size: int) -> list[Range]:
-    """Return the intervals of single positions."""
-    return [(i, i + 1) for i in range(size)]
-
-
-class Box(NamedTuple):
-    """Rows of the value: ranges of batch entries and of coarse positions in depth, height and width."""
-
-    batch: Range
-    depth: Range
-    height: Range
-    width: Range
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        b, d, h, w = self
-        return b[1] - b[0], d[1] - d[0], h[1] - h[0], w[1] - w[0]
-
-    def hull(self, whole: tuple[int, int, int, int]) -> Box:
-        """Return the smallest contiguous run of rows that holds this box, in a grid of rows of the sizes `whole`.
-
-        Inside the first direction in which the box is longer than one, a run holds whole rows and planes.
-        """
-        found = []
-        inner = False
-        for (start, stop), size in zip(self, whole, strict=True):
-            found.append((0, size) if inner else (start, stop))
-            inner = inner or stop - start > 1
-        return Box(*found)
-
-    def within(self, hull: Box) -> tuple[slice, slice, slice, slice]:
-        """Return where this box lies in an array of the hull's sizes."""
-        b, d, h, w = (slice(mine[0] - its[0], mine[1] - its[0]) for mine, its in zip(self, hull, strict=True))
-        return b, d, h, w
-
-
 def address(array: Array) -> int:
     """Return where an array's memory is; `array.ctypes` takes twice as long."""
     at: int = array.__array_interface__["data"][0]
@@ -334,51 +286,6 @@ def simplified(problem: Problem) -> Problem:
     return replace(problem, cout=math.prod(problem.kernel) * problem.cout, axes=(point, point, point))
 
 
-class Cut(Sequence[Range]):
-    """[0, size) cut into as few ranges of at most `chunk` as can be, as even as can be, made as they are asked for."""
-
-    __slots__ = ("parts", "size")
-
-    def __init__(self, size: int, chunk: int) -> None:
-        self.size, self.parts = size, max(1, -(-size // max(1, chunk)))
-
-    def __len__(self) -> int:
-        return self.parts
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.parts:
-            raise IndexError(f"range {index} of {self.parts}")
-        return self.size * index // self.parts, self.size * (index + 1) // self.parts
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cut) and (self.size, self.parts) == (other.size, other.parts)
-
-    def __hash__(self) -> int:
-        return hash((self.size, self.parts))
-
-    def __repr__(self) -> str:
-        return f"Cut({self.size} in {self.parts})"
-
-    @property
-    def longest(self) -> int:
-        """The length of the longest range."""
-        return -(-self.size // self.parts)
-
-    @property
-    def shortest(self) -> int:
-        """The length of the shortest range."""
-        return self.size // self.parts
-
-
-def located(index: int, cuts: Sequence[Cut]) -> tuple[int, list[Range]]:
-    """Return the ranges that the last digits of a block's index stand for, and the digits before them."""
-    found: list[Range] = []
-    for cut in reversed(cuts):
-        index, at = divmod(index, len(cut))
-        found.insert(0, cut[at])
-    return index, found
-
-
 def must_widen(problem: Problem) -> bool:
     """Whether operands cannot be used as they lie: half precisions, and distances that BLAS' integers cannot hold."""
     return problem.dtype != problem.compute_dtype or too_far(problem)
@@ -387,60 +294,3 @@ def must_widen(problem: Problem) -> bool:
 def too_far(problem: Problem) -> bool:
     """Whether coarse rows with channels first are further apart than BLAS' integers can say."""
     return problem.layout == "NCDHW" and math.prod(problem.coarse) > largest_integer(problem.compute_dtype)
-
-
-def is_finite(array: Array) -> bool:
-    """Whether no value is Inf or NaN; False too where only their sum overflows."""
-    dtype = np.float32 if array.dtype.itemsize == 2 else array.dtype
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
-
-
-def copy(to: Array, source: Array) -> None:
-    """Copy values to another array of the same shape, perhaps of another dtype, short runs of them as items."""
-    size = source.shape[-1] * source.itemsize
-    short = source.ndim > 1 and source.shape == to.shape and source.itemsize < size and to.dtype == source.dtype
-    if short and size <= _SHORT_BYTES and to.strides[-1] == source.strides[-1] == source.itemsize:
-        np.copyto(as_items(to, size), as_items(source, size))
-    else:
-        np.copyto(to, source, casting="unsafe")
-
-
-def copy_turned(to: Array, source: Array) -> None:
-    """Copy matrices to transposed ones: of the two last axes of `to` and `source`.
-
-    Lines that begin at the same few places in their pages push each other out of the first cache: they are copied apart
-    before.
-    """
-    if source.strides[-2] % _CONFLICT:
-        np.copyto(to, source.swapaxes(-1, -2), casting="unsafe")
-        return
-    lines, size = source.shape[-2:]
-    apart = np.empty((lines, size + _ALIGNMENT // to.itemsize), to.dtype)[:, :size]
-    for index in np.ndindex(source.shape[:-2]):
-        np.copyto(apart, source[index], casting="unsafe")
-        np.copyto(to[index], apart.T)
-
-
-def item_size(problem: Problem, channels: int) -> int:
-    """Return the bytes of so many channels where they are copied faster as one item, else 0.
-
-    NumPy's innermost loop is then along the axis before.
-    """
-    size = channels * problem.dtype.itemsize
-    beside = problem.layout == "NDHWC" and problem.dtype == problem.compute_dtype
-    return size if beside and channels > 1 and size <= _SHORT_BYTES else 0
-
-
-def as_items(array: Array, size: int) -> Array:
-    """View contiguous values of the last axis as one item."""
-    found: Array = array.view(f"V{size}")[..., 0]
-    return found
-
-
-def store(output: Array, result: Array) -> None:
-    """Write sums into the output, rounding half precisions once; a sum that rounds to zero becomes +0.0."""
-    copy(output, result)
-    if output.dtype.itemsize == 2:
-        bits = output.view(np.uint16)
-        np.copyto(bits, 0, where=bits == 0x8000)

@@ -19,23 +19,16 @@ import numpy as np
 from gemmconv.lowerings.base import (
     Array,
     AsItLies,
-    Bounds,
-    Box,
     CannotLowerError,
-    Cut,
-    Index,
     Operands,
-    Range,
     Workspace,
     aligned,
     canonical,
-    digit,
-    each,
     five,
     must_widen,
     simplified,
-    store,
 )
+from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, each
 from gemmconv.lowerings.by_rows import (
     MOST_SEEN,
     axis_steps,
@@ -47,6 +40,7 @@ from gemmconv.lowerings.by_rows import (
     sample,
 )
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.lowerings.products import LARGEST

@@ -18,25 +18,17 @@ import numpy as np
 from gemmconv.lowerings.base import (
     Array,
     AsItLies,
-    Bounds,
-    Box,
-    Cut,
-    Index,
     Operands,
-    Range,
     Workspace,
     aligned,
-    as_items,
     canonical,
-    digit,
     five,
-    item_size,
-    located,
     must_widen,
     simplified,
-    store,
 )
+from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, located
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed
+from gemmconv.lowerings.copies import as_items, item_size, store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.lowerings.products import LARGEST

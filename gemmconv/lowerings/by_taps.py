@@ -18,23 +18,17 @@ import numpy as np
 from gemmconv.lowerings.base import (
     Array,
     AsItLies,
-    Bounds,
-    Box,
-    Cut,
-    Index,
     Operands,
-    Range,
     Workspace,
     aligned,
     canonical,
-    digit,
     five,
-    located,
     must_widen,
     simplified,
-    store,
 )
+from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, located
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed, turn
+from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
     MOST_STEPS_KEPT,

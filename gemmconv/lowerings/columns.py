@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, Box, Operands, Range, Workspace, address, copy_turned, five, must_widen
+from gemmconv.lowerings.base import Array, Operands, Workspace, address, five, must_widen
+from gemmconv.lowerings.boxes import Box, Range
+from gemmconv.lowerings.copies import copy_turned
 from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, lines_s, unpacked_s
 from gemmconv.lowerings.products import lines_fit, multiply, multiply_lines, multiply_tiles, parts_values, unpacked
 from gemmconv.problem import Axis, Problem

@@ -18,22 +18,9 @@ from itertools import product
 import numpy as np
 
 from gemmconv.blas import Gemm
-from gemmconv.lowerings.base import (
-    Array,
-    Bounds,
-    CannotLowerError,
-    Cut,
-    Operands,
-    Range,
-    Workspace,
-    address,
-    aligned,
-    canonical,
-    copy,
-    digit,
-    five,
-    store,
-)
+from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, address, aligned, canonical, five
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit
+from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes
 from gemmconv.lowerings.im2col import tap_boxes
 from gemmconv.lowerings.windows import Taps

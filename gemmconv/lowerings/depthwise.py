@@ -17,22 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import (
-    Array,
-    Bounds,
-    CannotLowerError,
-    Cut,
-    Operands,
-    Range,
-    Workspace,
-    aligned,
-    canonical,
-    copy,
-    digit,
-    each,
-    five,
-    store,
-)
+from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, aligned, canonical, five
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each
+from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, most_workspace_bytes, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.machine import Machine

@@ -13,7 +13,9 @@ from itertools import product
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, AsItLies, Bounds, Index, Operands, Workspace, aligned, five, store
+from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, aligned, five
+from gemmconv.lowerings.boxes import Bounds, Index
+from gemmconv.lowerings.copies import store
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 

@@ -19,19 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import (
-    Array,
-    Bounds,
-    Cut,
-    Index,
-    Operands,
-    Range,
-    Workspace,
-    aligned,
-    canonical,
-    copy_turned,
-    digit,
-)
+from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit
+from gemmconv.lowerings.copies import copy_turned
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s, unpacked_s
 from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv.lowerings.base import Array, Bounds, Cut, Index, Operands, Workspace, aligned, canonical, digit
+from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s, unpacked_s
 from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import phases

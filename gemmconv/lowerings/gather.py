@@ -19,23 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gemmconv.blas import Gemm, small_products
-from gemmconv.lowerings.base import (
-    Array,
-    Bounds,
-    CannotLowerError,
-    Cut,
-    Operands,
-    Range,
-    Workspace,
-    address,
-    aligned,
-    canonical,
-    copy,
-    digit,
-    each,
-    five,
-    store,
-)
+from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, address, aligned, canonical, five
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each
+from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes, small_s
 from gemmconv.lowerings.phases import Slots, slots
 from gemmconv.machine import Machine

@@ -16,21 +16,9 @@ from itertools import product
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv.lowerings.base import (
-    Array,
-    Bounds,
-    Box,
-    Cut,
-    Operands,
-    Range,
-    Workspace,
-    address,
-    canonical,
-    digit,
-    five,
-    must_widen,
-    store,
-)
+from gemmconv.lowerings.base import Array, Operands, Workspace, address, canonical, five, must_widen
+from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit
+from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, unpacked_s
 from gemmconv.lowerings.im2col import columns_run, orders, row_cuts, strided, tap_boxes
 from gemmconv.lowerings.products import LARGEST, multiply, parts_values, unpacked

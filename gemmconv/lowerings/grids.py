@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import NamedTuple
 
-from gemmconv.lowerings.base import Array, Range, copy
+from gemmconv.lowerings.base import Array
+from gemmconv.lowerings.boxes import Range
+from gemmconv.lowerings.copies import copy
 from gemmconv.lowerings.phases import Move, Place, Slots
 from gemmconv.problem import Axis, Problem
 

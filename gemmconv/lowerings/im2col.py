@@ -15,25 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import (
-    Array,
-    Bounds,
-    Box,
-    Cut,
-    NotFiniteError,
-    Operands,
-    Range,
-    Workspace,
-    address,
-    canonical,
-    digit,
-    five,
-    is_finite,
-    located,
-    store,
-    too_far,
-)
+from gemmconv.lowerings.base import Array, NotFiniteError, Operands, Workspace, address, canonical, five, too_far
+from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit, located
 from gemmconv.lowerings.by_rows import groups
+from gemmconv.lowerings.copies import is_finite, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, streamed_s, unpacked_s
 from gemmconv.lowerings.products import LARGEST, multiply, parts_of, parts_values, unpacked
 from gemmconv.lowerings.windows import (

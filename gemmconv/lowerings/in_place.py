@@ -13,20 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import (
-    Array,
-    AsItLies,
-    Bounds,
-    CannotLowerError,
-    Cut,
-    Operands,
-    Range,
-    Workspace,
-    canonical,
-    digit,
-    five,
-    located,
-)
+from gemmconv.lowerings.base import Array, AsItLies, CannotLowerError, Operands, Workspace, canonical, five
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, located
 from gemmconv.lowerings.columns import turn
 from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,

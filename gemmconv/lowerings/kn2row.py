@@ -21,24 +21,18 @@ import numpy as np
 from gemmconv.blas import Gemm
 from gemmconv.lowerings.base import (
     Array,
-    Bounds,
     CannotLowerError,
-    Cut,
-    Index,
     Operands,
-    Range,
     Workspace,
     address,
     aligned,
     canonical,
-    digit,
-    each,
     five,
-    located,
     must_widen,
     simplified,
-    store,
 )
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each, located
+from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import (
     MOST_STEPS_KEPT,
     SMALLEST_BUFFER,

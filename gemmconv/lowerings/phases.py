@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from gemmconv.lowerings.base import Range
+from gemmconv.lowerings.boxes import Range
 from gemmconv.problem import Axis
 
 _MOST_LANES = 16

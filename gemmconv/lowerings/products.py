@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gemmconv.blas import small_products
-from gemmconv.lowerings.base import Array, Cut
+from gemmconv.lowerings.base import Array
+from gemmconv.lowerings.boxes import Cut
 from gemmconv.problem import Problem
 
 # What schedules say is their largest product if all are formed here: BLAS never uses several threads for small ones.

@@ -15,20 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import (
-    Array,
-    Cut,
-    Index,
-    NotFiniteError,
-    Operands,
-    Range,
-    as_items,
-    canonical,
-    five,
-    item_size,
-    located,
-    store,
-)
+from gemmconv.lowerings.base import Array, NotFiniteError, Operands, canonical, five
+from gemmconv.lowerings.boxes import Cut, Index, Range, located
+from gemmconv.lowerings.copies import as_items, item_size, store
 from gemmconv.lowerings.minimal import RESULTS, Line, combine_sums
 from gemmconv.lowerings.products import LARGEST
 from gemmconv.problem import Axis, Problem

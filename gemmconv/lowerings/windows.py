@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv.lowerings.base import Array, Box, Index, Range, Workspace, address, aligned, copy, five
+from gemmconv.lowerings.base import Array, Workspace, address, aligned, five
+from gemmconv.lowerings.boxes import Box, Index, Range
+from gemmconv.lowerings.copies import copy
 from gemmconv.problem import Axis, Problem
 
 Taps = tuple[Range, Range, Range]

@@ -21,24 +21,19 @@ import numpy as np
 from gemmconv.lowerings import filtered
 from gemmconv.lowerings.base import (
     Array,
-    Bounds,
     CannotLowerError,
-    Cut,
-    Index,
     NotFiniteError,
     Operands,
-    Range,
     Schedule,
     Workspace,
     address,
     aligned,
     canonical,
-    digit,
-    each,
     five,
     simplified,
-    store,
 )
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each
+from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import (
     MOST_STEPS_KEPT,
     SMALLEST_BUFFER,

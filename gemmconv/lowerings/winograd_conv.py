@@ -22,24 +22,18 @@ import numpy as np
 from gemmconv.lowerings import filtered_conv, winograd
 from gemmconv.lowerings.base import (
     Array,
-    Bounds,
     CannotLowerError,
-    Cut,
-    Index,
     NotFiniteError,
     Operands,
-    Range,
     Schedule,
     Workspace,
     address,
     aligned,
     canonical,
-    copy,
-    digit,
-    each,
     five,
-    store,
 )
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each
+from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, packing_s, pass_s, total_s
 from gemmconv.lowerings.pairs import SIGNS, Pairs, Piece, Term, add_points, combine_cells, combine_taps, scheme
 from gemmconv.lowerings.phases import Slots, places, slots

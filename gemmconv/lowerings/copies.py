@@ -1,0 +1,70 @@
+"""Copies between operands, workspaces and the output: short runs as items, transposed matrices, rounded sums."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gemmconv.lowerings.base import ALIGNMENT, Array
+from gemmconv.problem import Problem
+
+# Bytes of a run that NumPy copies faster as one item.
+_SHORT_BYTES = 512
+# Bytes between lines of which half a first cache holds a few only.
+_CONFLICT = 2048
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no value is Inf or NaN; False too where only their sum overflows."""
+    dtype = np.float32 if array.dtype.itemsize == 2 else array.dtype
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
+
+
+def copy(to: Array, source: Array) -> None:
+    """Copy values to another array of the same shape, perhaps of another dtype, short runs of them as items."""
+    size = source.shape[-1] * source.itemsize
+    short = source.ndim > 1 and source.shape == to.shape and source.itemsize < size and to.dtype == source.dtype
+    if short and size <= _SHORT_BYTES and to.strides[-1] == source.strides[-1] == source.itemsize:
+        np.copyto(as_items(to, size), as_items(source, size))
+    else:
+        np.copyto(to, source, casting="unsafe")
+
+
+def copy_turned(to: Array, source: Array) -> None:
+    """Copy matrices to transposed ones: of the two last axes of `to` and `source`.
+
+    Lines that begin at the same few places in their pages push each other out of the first cache: they are copied apart
+    before.
+    """
+    if source.strides[-2] % _CONFLICT:
+        np.copyto(to, source.swapaxes(-1, -2), casting="unsafe")
+        return
+    lines, size = source.shape[-2:]
+    apart = np.empty((lines, size + ALIGNMENT // to.itemsize), to.dtype)[:, :size]
+    for index in np.ndindex(source.shape[:-2]):
+        np.copyto(apart, source[index], casting="unsafe")
+        np.copyto(to[index], apart.T)
+
+
+def item_size(problem: Problem, channels: int) -> int:
+    """Return the bytes of so many channels where they are copied faster as one item, else 0.
+
+    NumPy's innermost loop is then along the axis before.
+    """
+    size = channels * problem.dtype.itemsize
+    beside = problem.layout == "NDHWC" and problem.dtype == problem.compute_dtype
+    return size if beside and channels > 1 and size <= _SHORT_BYTES else 0
+
+
+def as_items(array: Array, size: int) -> Array:
+    """View contiguous values of the last axis as one item."""
+    found: Array = array.view(f"V{size}")[..., 0]
+    return found
+
+
+def store(output: Array, result: Array) -> None:
+    """Write sums into the output, rounding half precisions once; a sum that rounds to zero becomes +0.0."""
+    copy(output, result)
+    if output.dtype.itemsize == 2:
+        bits = output.view(np.uint16)
+        np.copyto(bits, 0, where=bits == 0x8000)
