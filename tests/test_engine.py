@@ -231,9 +231,19 @@ def test_rows_as_columns_of_the_filter(order, layout, dtype, unpacked, monkeypat
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [3000, 40_000, 1_000_000])
-def test_products_of_lines_of_both_operands(size, dtype, unpacked):
-    """Every cell is the whole sum, whatever the sizes are cut to; lines may be apart, and cells of the result too."""
+def test_products_of_lines_of_both_operands(size, dtype, unpacked, monkeypatch):
+    """Every cell is the whole sum, whatever the sizes are cut to; lines may be apart, and cells of the result too.
+
+    All are products that OpenBLAS does not pack: of matrices, not vectors, and within its two limits.
+    """
     unpacked(size)
+    matmul, sizes = np.matmul, []
+
+    def noted(left, right, out):
+        sizes.append((left.shape[-2], right.shape[-1], left.shape[-1]))
+        return matmul(left, right, out=out)
+
+    monkeypatch.setattr(np, "matmul", noted)
     rng = np.random.default_rng(23)
     for m, n in [(2, 2), (2, 700), (700, 2), (3, 129), (33, 33), (17, 1000), (1000, 17), (64, 256), (131, 65)]:
         for k in (32, 47, 300, 900):
@@ -243,6 +253,8 @@ def test_products_of_lines_of_both_operands(size, dtype, unpacked):
             assert np.array_equal(out[:, 2:-3], a.astype(np.int64) @ b.T.astype(np.int64))
             assert np.isnan(out[:, :2]).all()
             assert np.isnan(out[:, -3:]).all()
+    assert all(min(m, n) > 1 and m * n <= 1200 for m, n, _ in sizes)
+    assert max(m * n * k for m, n, k in sizes) <= max(size, 3 * 17 * 900)
 
 
 @pytest.mark.parametrize("order", ["by_taps", "by_rows", "by_planes"])
