@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, parts, profile, running
+from gemmconv import arrays, parts, profile, results, running
 from gemmconv.arrays import Array
 from gemmconv.lowerings import LOWERINGS, OF_GROUPS, CannotLowerError, Schedule
 from gemmconv.lowerings.base import order
@@ -159,7 +159,7 @@ class Plan:
         rows = {
             "operation": f"{p.operation} of {p.dtype} in {p.layout}{groups}",
             first: f"{p.operand_shapes[0]}",
-            second: f"{p.operand_shapes[1]}",
+            second: f"{p.operand_shapes[1]}{', packed once for many calls' if p.prepared else ''}",
             "output": f"{p.result_shape}",
             "kernel": f"{_by(kernel)}, strides {_by(strides)}, dilations {_by(dilations)}, padded before {_by(before)}",
             "algorithm": self.algorithm,
@@ -250,11 +250,12 @@ class Plan:
         w = arrays.operand(name, "filter", filter, self.dtype)
         self._check(name, "filter", w, self.problem.operand_shapes[1])
         kept = arrays.converted(w, self.problem.dtype).copy()
-        plan = make_plan(replace(self.problem, prepared=True), self.machine, self.requested, self.workers)
-        packed = None
-        if plan.schedule is not None:
-            packed = running.pack(plan.schedule, plan.problem, kept, plan.workers)
-        return Prepared(plan, kept, packed)
+        return make_plan(replace(self.problem, prepared=True), self.machine, self.requested, self.workers)._with(kept)
+
+    def _with(self, filter: Array) -> Prepared:
+        """Return this plan with a filter that nobody changes."""
+        packed = None if self.schedule is None else running.pack(self.schedule, self.problem, filter, self.workers)
+        return Prepared(self, filter, packed)
 
     def part(self, box: Any) -> Part:
         """Take a box of the result by itself: what it needs of the operands, and how it is computed from that alone.
@@ -438,6 +439,23 @@ class Plan:
         bias: Array | None = None,
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
+        try:
+            return self._execute(function, value, filter, out, progress, packed, bias)
+        except MemoryError:
+            if not results.clear():
+                raise
+        return self._execute(function, value, filter, out, progress, packed, bias)
+
+    def _execute(
+        self,
+        function: str,
+        value: Array,
+        filter: Array,
+        out: Array | None,
+        progress: Progress | None,
+        packed: Packed | None,
+        bias: Array | None,
+    ) -> Array:
         start_s = time.perf_counter()
         looking, problem = profile.current(), self.problem
         target, result, operands = arrays.into(function, out, [value, filter], problem.result_shape, problem.dtype)

@@ -15,9 +15,9 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 # glibc's malloc, DEFAULT_MMAP_THRESHOLD_MAX: what is smaller it keeps itself.
 LEAST_BYTES = 32 << 20
-# Of memory that is idle. A result takes it if it leaves at most a quarter of it unused.
+# Of memory that is idle. A result takes it if that is at most a quarter larger than the result.
 MOST_IDLE_BYTES = 128 << 20
-_UNUSED = 1.25
+_LARGER = 1.25
 
 # By identity, the first to become idle first. No lock: single operations on a dict are atomic, so that a fork, an
 # interrupt or a result that is dropped in the middle of any of them cannot leave one behind.
@@ -36,6 +36,8 @@ class _Lease:
     def __del__(self, idle: dict[int, Array] = _idle, most: int = MOST_IDLE_BYTES) -> None:
         # Defaults, since the module's names may be gone when Python exits.
         memory = self._memory
+        if memory.nbytes > most:
+            return
         idle[id(memory)] = memory
         while sum(kept.nbytes for kept in list(idle.values())) > most:
             try:
@@ -51,22 +53,20 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.empty(shape, dtype)
     memory = _taken(size)
     if memory is None:
-        try:
-            memory = np.empty(size, np.uint8)
-        except MemoryError:
-            _idle.clear()
-            memory = np.empty(size, np.uint8)
+        memory = np.empty(shape, dtype).reshape(-1).view(np.uint8)
     return np.asarray(_Lease(memory))[:size].view(dtype).reshape(shape)
 
 
-def clear() -> None:
-    """Free the memory that is idle."""
+def clear() -> bool:
+    """Free the memory that is idle; whether there was any."""
+    found = bool(_idle)
     _idle.clear()
+    return found
 
 
 def _taken(size: int) -> Array | None:
     """Take idle memory for so many bytes, the last to become idle that fits."""
     for key, memory in reversed(list(_idle.items())):
-        if size <= memory.nbytes <= size * _UNUSED and _idle.pop(key, None) is not None:
+        if size <= memory.nbytes <= size * _LARGER and _idle.pop(key, None) is not None:
             return memory
     return None

@@ -12,6 +12,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -256,8 +257,8 @@ def _account(clocks: Sequence[profile.Clock], pack_s: float, run_s: float) -> di
 
 @lru_cache(maxsize=64)
 def _complete(problem: Problem, machine: Machine) -> Schedule:
-    """Return the schedule of the lowering that is right for all data."""
-    return COMPLETE[problem.operation](problem, machine)
+    """Return the schedule of the lowering that is right for all data, whose filter is packed in the call."""
+    return COMPLETE[problem.operation](replace(problem, prepared=False), machine)
 
 
 def clear_idle() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays
+from gemmconv import arrays, results
 from gemmconv.plan import Plan
 from gemmconv.running import Progress
 
@@ -94,15 +94,20 @@ def compute_stored(
     _check_chunks(name, plan, chunks, stored_chunks(out))
     whole = np.asarray(of_second[...]) if plan.problem.roles[1] == "filter" else None
     boxes = list(plan.boxes(chunks))
+    before: tuple[int, ...] | None = None
     for number, box in enumerate(boxes):
         if number in done:
             continue
         part = plan.part(box)
+        if part.output_shape != before:  # memory of other boxes would be there beside that of this one
+            results.clear()
+            before = part.output_shape
         first = np.asarray(of_first[part.windows[0]])
         second = whole if whole is not None else np.asarray(of_second[part.windows[1]])
         out[box] = part(first, second, progress=_share(progress, number, len(boxes)))
         if finished is not None:
             finished(number)
+    results.clear()
     return out
 
 

@@ -234,6 +234,7 @@ def test_random_problems(operation, dtype, monkeypatch):
                 if bias is None and i % 3 == 0:
                     assert same_bits(plan(first, second), want)
                     if operation != "conv3d_backprop_filter":
+                        assert same_bits(plan._with(second)(first), want)
                         assert same_bits(plan.prepare(second)(first), want)
 
         name = str(rng.choice(list(plans(problem))))

@@ -47,7 +47,7 @@ class Spec:
         """Why it cannot be measured on an operation: packages that are not installed, or it has none; else empty."""
         if op in LACKS.get(self.kind, ()):
             return f"it has no {op}"
-        if self.what == PREPARED and op == FILTER_GRADIENT:
+        if (self.kind, self.what) == ("gemmconv", PREPARED) and op == FILTER_GRADIENT:
             return f"{op} has no filter to prepare"
         packages = [package for package in NEEDS.get(self.kind, ()) if importlib.util.find_spec(package) is None]
         return f"not installed: {', '.join(packages)}" if packages else ""
@@ -63,7 +63,9 @@ def parse(text: str, op: str = TRANSPOSE) -> Spec:
 
         known = LOWERINGS[op]
         if what not in (*known, PREPARED):
-            raise ValueError(f"{text}: gemmconv has no {op} algorithm {what!r}, it has auto, {', '.join(known)}")
+            raise ValueError(
+                f"{text}: gemmconv has no {op} algorithm {what!r}, it has auto, {', '.join(known)}, {PREPARED}"
+            )
         return Spec(text, "gemmconv", "", what, text)
     if text == "numpy" or text in PEERS:
         return Spec(text, text, "", "", text)

@@ -29,17 +29,8 @@ from gemmconv.lowerings.base import (
     simplified,
 )
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, each
-from gemmconv.lowerings.by_rows import (
-    MOST_SEEN,
-    axis_steps,
-    chunks,
-    groups,
-    lines_never_packed,
-    meetings,
-    pieces,
-    sample,
-)
-from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, lines_never_packed, meetings, pieces, sample
+from gemmconv.lowerings.columns import MOST_SEEN, Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
@@ -85,7 +76,6 @@ class Program(NamedTuple):
 class Seen(NamedTuple):
     """What a program sees of a workspace: its sums, for each GEMM what to clear and to add to what; what is stored."""
 
-    buffers: Buffers
     sums: Array
     folds: list[tuple[list[Array], list[tuple[Array, Array]]]]
     stored: list[Array]
@@ -170,12 +160,13 @@ class ByPlanes(AsItLies):
         np.setbufsize(SMALLEST_BUFFER)
         problem, clock = self.problem, workspace.clock
         program = self._program(index)
-        if self.count <= MOST_SEEN and index in self.programs:
-            seen = workspace.views(program, lambda: self._seen(program, self._buffers(workspace), workspace))
-        else:
-            buffers = workspace.views(self, lambda: self._buffers(workspace))
+        buffers = workspace.views(self, lambda: self._buffers(workspace))
+        seen = buffers.seen.get(index)
+        if seen is None:
             seen = self._seen(program, buffers, workspace)
-        columns = workspace.once(operands, lambda: Columns(seen.buffers, self.axes, operands))
+            if len(buffers.seen) < MOST_SEEN and index in self.programs:
+                buffers.seen[index] = seen
+        columns = workspace.once(operands, lambda: Columns(buffers, self.axes, operands))
         seen.sums[...] = operands.start((0, problem.cout), 3)
         for gemm, (wraps, additions) in zip(program.products, seen.folds, strict=True):
             if clock:
@@ -210,7 +201,7 @@ class ByPlanes(AsItLies):
             of_lines = column.reshape(*gemm.shape[:5], gemm.shape[5] * gemm.shape[6])
             additions = [(lines[to].squeeze(), of_lines[source].squeeze()) for source, to in gemm.moves]
             folds.append(([column[wrap] for wrap in gemm.wraps], additions))
-        return Seen(buffers, sums, folds, [sums[source].transpose(1, 2, 3, 0) for source, _ in program.stores])
+        return Seen(sums, folds, [sums[source].transpose(1, 2, 3, 0) for source, _ in program.stores])
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for small schedules, where making it would take longer than doing it."""

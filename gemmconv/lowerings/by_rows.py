@@ -27,7 +27,7 @@ from gemmconv.lowerings.base import (
     simplified,
 )
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, located
-from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed
+from gemmconv.lowerings.columns import MOST_SEEN, Buffers, Columns, Piece, columns_values, formed_s, never_packed
 from gemmconv.lowerings.copies import as_items, item_size, store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
@@ -39,7 +39,6 @@ _FEW_ROWS, _MOST_ROWS = 16, 4096
 _MOST_TAPS = 1024  # filter rows of one GEMM, unless all columns are few
 _MOST_COLUMNS = 65536
 _FEW_VALUES = 256  # of an accumulator: blocks are not cut below this
-MOST_SEEN = 32  # blocks for which views of a workspace are kept
 _L2_SHARE = 0.75
 _COLUMNS_SHARE = 1.0
 _PACK_SHARE = 0.25
@@ -87,7 +86,6 @@ class Program(NamedTuple):
 class Seen(NamedTuple):
     """What a program sees of a workspace: its sums, and for each GEMM where columns are added; what is stored."""
 
-    buffers: Buffers
     sums: Array
     additions: list[list[tuple[Array, Array]]]
     item_size: int  # of the items that channels are stored as, or 0
@@ -199,12 +197,13 @@ class ByRows(AsItLies):
             np.setbufsize(SMALLEST_BUFFER)
         problem, clock = self.problem, workspace.clock
         program = self._program(index)
-        if self.count <= MOST_SEEN and index in self.programs:
-            seen = workspace.views(program, lambda: self._seen(program, self._buffers(workspace), workspace))
-        else:
-            buffers = workspace.views(self, lambda: self._buffers(workspace))
+        buffers = workspace.views(self, lambda: self._buffers(workspace))
+        seen = buffers.seen.get(index)
+        if seen is None:
             seen = self._seen(program, buffers, workspace)
-        columns = workspace.once(operands, lambda: Columns(seen.buffers, self.axes, operands))
+            if len(buffers.seen) < MOST_SEEN and index in self.programs:
+                buffers.seen[index] = seen
+        columns = workspace.once(operands, lambda: Columns(buffers, self.axes, operands))
         seen.sums[...] = operands.start((0, problem.cout), 7)
         for gemm, additions in zip(program.products, seen.additions, strict=True):
             if clock:
@@ -249,7 +248,7 @@ class ByRows(AsItLies):
         last = sums.transpose(1, 2, 3, 4, 5, 6, 7, 0)
         last = as_items(last, size) if size else last
         stored = [last[(*source[1:], ...)] for source, _ in program.stores]
-        return Seen(buffers, sums, additions, size, stored)
+        return Seen(sums, additions, size, stored)
 
     def _program(self, index: int) -> Program:
         """Return what a block does: made once for small schedules, where making it would take longer than doing it."""

@@ -1,9 +1,9 @@
 """Columns: the products of rows of the value and rows of the filter, in a buffer, for every order of work of col2im.
 
 GEMM takes both operands as they lie, and packs them. Where BLAS has kernels for small products (products.py) it need
-not: they take lines of value and filter as they lie, unless there are many rows of few channels; a filter that was
-turned before; and one as it lies with rows that are its columns: with channels first they are that already, and very
-few rows are turned.
+not: they take lines of value and filter as they lie, where that is estimated to be faster; a filter that was turned
+before; and one as it lies with rows that are its columns: with channels first they are that already, and very few rows
+are turned.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from gemmconv.problem import Axis, Problem
 
 # Few rows, their most values, and the least of a filter that is large beside them.
 _FEW_ROWS, _SMALL, _LARGE = 24, 1 << 17, 1 << 15
+# Blocks of a schedule for which what they see of a workspace is kept.
+MOST_SEEN = 8
 # The fewest rows that are columns of a product: a vector of BLAS' kernels.
 _VECTOR = 16
 
@@ -65,6 +67,7 @@ class Buffers:
     ) -> None:
         self.problem, self.depth, self.widens, self.turned = problem, depth, widens, turned
         self.tap_major = tap_major
+        self.seen: dict[int, Any] = {}  # what blocks see of the workspace behind, by index
         self.gemm = workspace.gemm
         self.columns, self.rows, self.taps, self.turned_rows, self.across, self.parts = map(
             workspace.take, columns_values(problem, rows, taps, depth, widens, turned)
@@ -211,12 +214,15 @@ def never_packed(problem: Problem, rows: Range, taps: Range, tap_major: bool) ->
     return few or (min(rows[0], taps[0]) > 1 and by_lines(problem, rows[1], taps[1], tap_major))
 
 
-@lru_cache(maxsize=1024)
 def by_lines(problem: Problem, rows: int, taps: int, tap_major: bool) -> bool:
     """Whether columns of so many rows, and of rows of the filter, are formed of lines sooner than by GEMM."""
     known = problem.layout == "NDHWC" and unpacked(problem) and not must_widen(problem)
-    m, n, k = rows, taps, problem.cin
-    return known and lines_fit(m, n, k) and lines_s(m, n, k) < gemm_s(m, n, k, tap_major=tap_major)
+    return known and _sooner_by_lines(rows, taps, problem.cin, tap_major)
+
+
+@lru_cache(maxsize=4096)
+def _sooner_by_lines(m: int, n: int, k: int, tap_major: bool) -> bool:
+    return lines_fit(m, n, k) and lines_s(m, n, k) < gemm_s(m, n, k, tap_major=tap_major)
 
 
 def _large(rows: int, channels: int, cin: int) -> bool:
