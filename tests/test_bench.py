@@ -397,7 +397,10 @@ def test_latency_and_import():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["run", "--against", "scipy"], "scipy: no such contender; it is one of gemmconv, gemmconv:ALGORITHM, numpy"),
+        (
+            ["run", "--against", "scipy"],
+            "scipy: no such contender; it is one of gemmconv, gemmconv:ALGORITHM, gemmconv:prepared, numpy",
+        ),
         (["run", "--against", "gemmconv:fft"], "gemmconv has no conv3d_transpose algorithm 'fft', it has auto, "),
         (["run", "--against", "none.py:f"], "there is no file none.py"),
         (["run", "--against", "none.so:f"], "there is no file none.so"),

@@ -177,7 +177,7 @@ def test_a_filter_is_packed_in_parts(operation, monkeypatch):
     rng = np.random.default_rng([5, *map(ord, operation)])
     for channels in (16, 64, 192):
         of = "conv3d_transpose" if operation == "by_taps" else operation
-        problem = Problem(of, 1, channels, channels, AXES[:3], np.dtype(np.float32), "NDHWC")
+        problem = Problem(of, 1, channels, channels, tuple(AXES[:3]), np.dtype(np.float32), "NDHWC")
         found = [by_taps.schedule(problem, MACHINE)] if of != operation else MODULES[of].candidates(problem, MACHINE)
         filter = rng.standard_normal(problem.filter_shape, np.float32)
         for schedule in found[::11]:
