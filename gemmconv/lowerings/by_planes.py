@@ -30,7 +30,7 @@ from gemmconv.lowerings.base import (
 )
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, each
 from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, lines_never_packed, meetings, pieces, sample
-from gemmconv.lowerings.columns import MOST_SEEN, Buffers, Columns, Piece, columns_values, formed_s
+from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
@@ -161,11 +161,8 @@ class ByPlanes(AsItLies):
         problem, clock = self.problem, workspace.clock
         program = self._program(index)
         buffers = workspace.views(self, lambda: self._buffers(workspace))
-        seen = buffers.seen.get(index)
-        if seen is None:
-            seen = self._seen(program, buffers, workspace)
-            if len(buffers.seen) < MOST_SEEN and index in self.programs:
-                buffers.seen[index] = seen
+        kept = index in self.programs
+        seen = buffers.seen(index if kept else None, lambda: self._seen(program, buffers, workspace))
         columns = workspace.once(operands, lambda: Columns(buffers, self.axes, operands))
         seen.sums[...] = operands.start((0, problem.cout), 3)
         for gemm, (wraps, additions) in zip(program.products, seen.folds, strict=True):

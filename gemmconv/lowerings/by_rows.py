@@ -27,7 +27,7 @@ from gemmconv.lowerings.base import (
     simplified,
 )
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, located
-from gemmconv.lowerings.columns import MOST_SEEN, Buffers, Columns, Piece, columns_values, formed_s, never_packed
+from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed
 from gemmconv.lowerings.copies import as_items, item_size, store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
@@ -198,11 +198,8 @@ class ByRows(AsItLies):
         problem, clock = self.problem, workspace.clock
         program = self._program(index)
         buffers = workspace.views(self, lambda: self._buffers(workspace))
-        seen = buffers.seen.get(index)
-        if seen is None:
-            seen = self._seen(program, buffers, workspace)
-            if len(buffers.seen) < MOST_SEEN and index in self.programs:
-                buffers.seen[index] = seen
+        kept = index in self.programs
+        seen = buffers.seen(index if kept else None, lambda: self._seen(program, buffers, workspace))
         columns = workspace.once(operands, lambda: Columns(buffers, self.axes, operands))
         seen.sums[...] = operands.start((0, problem.cout), 7)
         for gemm, additions in zip(program.products, seen.additions, strict=True):

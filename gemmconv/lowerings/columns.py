@@ -9,9 +9,9 @@ are turned.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,9 +25,12 @@ from gemmconv.problem import Axis, Problem
 # Few rows, their most values, and the least of a filter that is large beside them.
 _FEW_ROWS, _SMALL, _LARGE = 24, 1 << 17, 1 << 15
 # Blocks of a schedule for which what they see of a workspace is kept.
-MOST_SEEN = 8
+_MOST_SEEN = 8
 # The fewest rows that are columns of a product: a vector of BLAS' kernels.
 _VECTOR = 16
+
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -67,7 +70,7 @@ class Buffers:
     ) -> None:
         self.problem, self.depth, self.widens, self.turned = problem, depth, widens, turned
         self.tap_major = tap_major
-        self.seen: dict[int, Any] = {}  # what blocks see of the workspace behind, by index
+        self._seen: dict[int, Any] = {}
         self.gemm = workspace.gemm
         self.columns, self.rows, self.taps, self.turned_rows, self.across, self.parts = map(
             workspace.take, columns_values(problem, rows, taps, depth, widens, turned)
@@ -78,6 +81,15 @@ class Buffers:
         self.few = few_rows(problem) and not turned
         self.lines = by_lines(problem, rows, taps, tap_major)
         self.unpacked = self.channels_first and tap_major and not widens and not turned and unpacked(problem)
+
+    def seen(self, index: int | None, make: Callable[[], T]) -> T:
+        """Return what a block sees of the workspace behind; with the index of one that is always alike it is kept."""
+        found: T | None = None if index is None else self._seen.get(index)
+        if found is None:
+            found = make()
+            if index is not None and len(self._seen) < _MOST_SEEN:
+                self._seen[index] = found
+        return found
 
 
 class Columns:
