@@ -201,8 +201,9 @@ def conv3d(
         Another name for `filter`.
     out, workers
         As in `conv3d_transpose`.
-    algorithm : {'auto', 'im2col', 'kn2row', 'winograd', 'depthwise'}
-        As in `conv3d_transpose`; 'im2col' can do every problem, 'depthwise' groups of one channel.
+    algorithm : {'auto', 'im2col', 'kn2row', 'winograd', 'mec', 'depthwise'}
+        As in `conv3d_transpose`; 'im2col' can do every problem, 'mec' is meant for groups of few channels, and
+        'depthwise' can do those of one.
 
     Returns
     -------

@@ -88,7 +88,8 @@ class Plan:
         if self.schedule is None:
             return "no product to form: the result is empty, or holds no sums"
         why = "asked for by name" if self.requested == self.algorithm else "estimated to be the fastest"
-        groups = f", {self._together} groups as one" if self._together > 1 else ""
+        together = self.problem.groups // self.schedule.problem.groups
+        groups = f", {together} groups as one" if together > 1 else ""
         return f"{self.algorithm}, {why}: {self.schedule.reason}{groups}"
 
     @property
@@ -106,11 +107,6 @@ class Plan:
     def blocks(self) -> int:
         """Boxes the output is cut into, whatever the number of workers."""
         return 0 if self.schedule is None else self.schedule.count * self.schedule.problem.groups
-
-    @property
-    def _together(self) -> int:
-        """Groups that are done as one."""
-        return 1 if self.schedule is None else self.problem.groups // self.schedule.problem.groups
 
     @cached_property
     def feeds(self) -> int:
@@ -146,9 +142,10 @@ class Plan:
         """Bytes of the filter as a call packs it; 0 where it is used as it lies."""
         if self.schedule is None:
             return 0
-        made = self.schedule.packed_values * self.schedule.problem.groups
-        if self.schedule.problem.operation != self.problem.operation or self._together > 1:
-            made += math.prod(self.schedule.problem.filter_shape)
+        of = self.schedule.problem
+        made = self.schedule.packed_values * of.groups
+        if of.operation != self.problem.operation or running.adds_groups(self.schedule, self.problem):
+            made += math.prod(of.filter_shape)
         return made * self.problem.compute_dtype.itemsize
 
     def __str__(self) -> str:
@@ -552,7 +549,7 @@ def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) 
     for name in possible if algorithm == "auto" else (algorithm,):
         made: list[Schedule] = []
         refusals: list[CannotLowerError] = []
-        for asked in _as_groups(problem):
+        for asked in [problem] if name in OF_GROUPS else _as_groups(problem):
             try:
                 made.append(LOWERINGS[problem.operation][name](asked, machine))
             except CannotLowerError as error:

@@ -22,7 +22,7 @@ from gemmconv import profile, results, threads
 from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
-from gemmconv.lowerings.base import InShares, PackedInParts, Steps, order, steps_of
+from gemmconv.lowerings.base import InShares, OfGroups, PackedInParts, Steps, order, steps_of
 from gemmconv.lowerings.copies import is_finite
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
@@ -86,7 +86,7 @@ def _pack_part(schedule: PackedInParts, filter: Array, packed: Array, parts: int
 
 def adds_groups(schedule: Schedule, problem: Problem) -> bool:
     """Whether a schedule does several groups as one, with zeros in the filter between them."""
-    return schedule.problem.groups != problem.groups and schedule.largest_product > 0
+    return schedule.problem.groups != problem.groups and not isinstance(schedule, OfGroups)
 
 
 def mirrored(filter: Array, groups: int) -> Array:

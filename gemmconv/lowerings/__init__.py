@@ -13,6 +13,7 @@ from gemmconv.lowerings import (
     gradient,
     im2col,
     kn2row,
+    mec,
     winograd,
     winograd_conv,
 )
@@ -26,18 +27,20 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
         "col2im": col2im.schedule,
         "kn2row": kn2row.schedule,
         "winograd": winograd.schedule,
+        "mec": mec.schedule,
         "depthwise": depthwise.schedule,
     },
     "conv3d": {
         "im2col": im2col.schedule,
         "kn2row": gather.schedule,
         "winograd": winograd_conv.schedule,
+        "mec": mec.schedule,
         "depthwise": depthwise.schedule,
     },
     "conv3d_backprop_filter": {"im2col": gradient.schedule, "kn2row": correlate.schedule},
 }
-# Those that need groups: they are not weighed, nor told of, without.
-OF_GROUPS = {"depthwise"}
+# Those for groups, which they do by their own filters: without groups they are not weighed, nor told of.
+OF_GROUPS = {"mec", "depthwise"}
 # What can do every problem of an operation with any data.
 COMPLETE: dict[str, Callable[[Problem, Machine], Schedule]] = {
     "conv3d_transpose": col2im.schedule, "conv3d": exact.schedule, "conv3d_backprop_filter": exact.schedule,

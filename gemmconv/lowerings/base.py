@@ -170,10 +170,7 @@ class Schedule(Protocol):
 
     @property
     def largest_product(self) -> int:
-        """The largest m*n*k of a product for which BLAS may use several threads; 0 if none is formed.
-
-        Then groups done as one take the filter as it is.
-        """
+        """The largest m*n*k of a product for which BLAS may use several threads; 0 if none is formed."""
 
     @property
     def reason(self) -> str:
@@ -195,6 +192,15 @@ class PackedInParts(Protocol):
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Do one of so many parts of what `pack` does."""
+
+
+@runtime_checkable
+class OfGroups(Protocol):
+    """A schedule that does several groups by their own filters: it takes the filter as it is given."""
+
+    @property
+    def own_groups(self) -> int:
+        """How many are one of its problem."""
 
 
 @runtime_checkable

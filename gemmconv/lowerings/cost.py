@@ -17,6 +17,8 @@ _GEMM_FLOPS_PER_S = 135e9
 _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
 # Small products one after the other in a single step, without packing, and the k at which half of it is reached.
 _SMALL_FLOPS_PER_S, _SMALL_HALF_K = 145e9, 6
+# Of small products whose rows are in vectors, the m at which half of it is reached.
+_SMALL_HALF_M = 24
 # The same for products of lines of both operands, and the m and n at which half of it is reached.
 _LINES_FLOPS_PER_S, _LINES_HALF_MN, _LINES_HALF_K = 140e9, 2, 32
 # A value of rows that GEMM packs to form columns [tap, row], of few taps.
@@ -37,6 +39,10 @@ _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
 SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
+# One of lines that are turned, channels last to channels first or back, each inner loop, and what a value costs more
+# where others in its cache line are not used, or the next position's are elsewhere.
+_TURNED_LINE_VALUE_S, _TURNED_RUN_S, _ALONE_VALUE_S, _LINE_VALUES = 0.35e-9, 2.8e-9, 0.1e-9, 32
+_APART_VALUE_S = 1e-9
 # A value of a filter that is turned, before the blocks; large filters by all workers.
 TURNED_VALUE_S = 1.4e-9
 # What a run costs more that is read from memory, beyond any cache, and does not follow the one before.
@@ -102,6 +108,11 @@ def lines_s(m: float, n: float, k: float) -> float:
     return _STEP_S + n * k * _READ_VALUE_S + 2 * products / _LINES_FLOPS_PER_S
 
 
+def few_channels_s(products: float, m: float, n: float, k: float) -> float:
+    """Return the time of products of n channels with m positions, which are in vectors, in one step."""
+    return _STEP_S + 2 * products * (m + _SMALL_HALF_M) * max(n, 4) * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
+
+
 def streamed_s(values: float, run: float) -> float:
     """Return what it costs more to read values in runs from memory, beyond any cache."""
     return values * (SPILLED_VALUE_S + _FAR_RUN_S / run)
@@ -129,6 +140,16 @@ def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, 
     """Return the time to copy values in `steps` copies with inner loops of `run` values."""
     each = _STRIDED_VALUE_S if strided else _COPIED_VALUE_S + _COPIED_RUN_S / max(1, run)
     return steps * _PASS_STEP_S + values * (each + spilled * SPILLED_VALUE_S)
+
+
+def turned_s(values: float, run: float, beside: float, *, apart: bool = False) -> float:
+    """Return the time to turn lines of values, `beside` channels of a position, in inner loops of `run` values.
+
+    With `apart` positions are not beside each other.
+    """
+    alone = _ALONE_VALUE_S * _LINE_VALUES / beside if beside < _LINE_VALUES else 0.0
+    alone += _APART_VALUE_S * apart
+    return _PASS_STEP_S + values * (_TURNED_LINE_VALUE_S + _TURNED_RUN_S / max(1, run) + alone)
 
 
 def packing_s(problem: Problem, time_s: float) -> float:

@@ -21,7 +21,7 @@ from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each
 from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, most_workspace_bytes, pass_s
-from gemmconv.lowerings.phases import Slots, places, slots, unreached
+from gemmconv.lowerings.phases import Slots, met, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -44,6 +44,7 @@ class Depthwise:
     """A schedule; see the module. `problem` has all groups as one, and the filter is taken as it is given."""
 
     problem: Problem
+    own_groups: int
     axes: tuple[Axis, Axis, Axis]
     slots: tuple[Slots, Slots, Slots]
     gaps: bool
@@ -220,13 +221,10 @@ class Depthwise:
             cells = self._by_position(rows, sizes)
             to, source = [], []
             for axis, of_axis, offset, (q, _), size in zip(self.axes, self.slots, at, spans, sizes, strict=True):
-                step, end = (axis.stride, axis.fine) if self.gathers else (1, axis.coarse)
                 first = q + of_axis.shifts[0] if self.gathers else q - of_axis.shifts[1]
-                # Which of the positions first, first + 1, ... are in the array.
-                start = min(first + size, max(first, -(offset // step)))
-                stop = max(start, min(first + size, -((offset - end) // step)))
-                to.append(slice(start - first, stop - first))
-                source.append(slice(max(0, start * step + offset), max(0, stop * step + offset), step))
+                where, taken = met(axis, offset, first, size, self.gathers)
+                to.append(where)
+                source.append(taken)
             part = array[tuple(source)]
             target = cells[tuple(to)]
             if 0 not in target.shape:
@@ -285,7 +283,7 @@ def schedule(problem: Problem, machine: Machine) -> Depthwise:
     def candidate(positions: int) -> Depthwise:
         chunks = (positions // (counts[1] * counts[2]), positions // counts[2], positions)
         d, h, w = (Cut(n, min(n, max(1, chunk))) for n, chunk in zip(counts, chunks, strict=True))
-        return Depthwise(whole, axes, of_axes, gaps, (d, h, w), repeats)
+        return Depthwise(whole, problem.groups, axes, of_axes, gaps, (d, h, w), repeats)
 
     found = best([candidate(n) for n in sorted({min(n, math.prod(counts)) for n in _POSITIONS})], machine)
     if found.workspace_bytes > (most := most_workspace_bytes(machine)):

@@ -150,3 +150,15 @@ def places(axis: Axis, slots: Slots, q: Range) -> Iterator[Place]:
             first = start * axis.stride + offset
             fine = slice(first, first + (stop - start - 1) * axis.stride + 1, axis.stride)
             yield Place(slot, slice(start - q[0], stop - q[0]), fine)
+
+
+def met(axis: Axis, offset: int, first: int, size: int, gathers: bool) -> tuple[slice, slice]:
+    """Return which of `size` positions of a grid, from `first` on, hold an operand's values, and where those are.
+
+    A convolution's grid holds fine positions of a phase, that of a transposed one coarse positions.
+    """
+    step, end = (axis.stride, axis.fine) if gathers else (1, axis.coarse)
+    start = min(first + size, max(first, -(offset // step)))
+    stop = max(start, min(first + size, -((offset - end) // step)))
+    source = slice(max(0, start * step + offset), max(0, stop * step + offset), step)
+    return slice(start - first, stop - first), source

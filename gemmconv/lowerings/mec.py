@@ -1,0 +1,525 @@
+"""MEC: columns of two axes' taps, where neighbouring lines make up the third's, for all groups in a few small products.
+
+im2col copies a value once for each tap. Memory-efficient convolution (Cho and Brand, ICML 2017) copies it for the taps
+of two axes: the columns of a line, [tap, channel, position], lie behind those of the line before, and what a position
+reaches along the free axis is the columns of neighbouring lines, one matrix with no further copy. Positions are what
+BLAS' kernels have in vectors here, and the few channels of a group's result what they form at once. Small products that
+are not packed are as fast with four of these as with many, so groups need no zeros between them, and those of many
+groups and lines are formed in one step.
+
+Values are copied once to a grid with channels first and zeros around them, one for each phase that is gathered; taps
+are starts of runs in it. A transposed convolution is one such problem for each phase of its result. Sums have the lines
+of the grid, and what is between lines is not stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise, product
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from gemmconv.blas import small_products
+from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, aligned, canonical, five, order
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, located
+from gemmconv.lowerings.copies import copy, store
+from gemmconv.lowerings.cost import (
+    SMALLEST_BUFFER,
+    best,
+    copy_s,
+    few_channels_s,
+    most_workspace_bytes,
+    pass_s,
+    turned_s,
+)
+from gemmconv.lowerings.phases import Slots, met, places, slots, unreached
+from gemmconv.lowerings.products import LARGEST, unpacked
+from gemmconv.machine import Machine
+from gemmconv.problem import Axis, Problem
+
+# How the axes may be taken: the free one, in which blocks are cut first, and the two behind it, lines along the last.
+_ORDERS = ((0, 1, 2), (1, 0, 2))
+# Into how many parts the free axis is cut that are weighed, and how many positions of a line a block has about.
+_PARTS = (1, 2, 4, 8, 16, 32, 64)
+_POSITIONS = (256, 1024)
+# Positions of a product: a multiple of BLAS' vectors, at most.
+_VECTOR, _MOST = 16, 512
+# Values of a line that are turned in one inner loop, at most, as the cost model sees it.
+_FEW = 8
+# Of the L2 cache: workspace that counts as in cache.
+_L2_SHARE = 1.5
+
+
+class Run(NamedTuple):
+    """Taps of the free axis that read lines next to each other: their phase, the first line, and which they are."""
+
+    phase: int
+    start: int
+    taps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Along:
+    """An axis as it is read and written."""
+
+    axis: Axis
+    of_axis: Slots
+    gathers: bool
+
+    @property
+    def count(self) -> int:
+        """Positions of a slot."""
+        return self.axis.coarse if self.gathers else self.of_axis.count
+
+    @cached_property
+    def shifts(self) -> Range:
+        """The smallest and the largest shift."""
+        return self.of_axis.shifts
+
+    @cached_property
+    def reach(self) -> int:
+        """How many more positions the grid has."""
+        return self.of_axis.reach
+
+    @property
+    def given(self) -> int:
+        """Positions of the operand."""
+        return self.axis.fine if self.gathers else self.axis.coarse
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where the phases of the grid lie in the operand."""
+        return self.of_axis.offsets or (0,) if self.gathers else (0,)
+
+    @cached_property
+    def taps(self) -> list[list[tuple[int, int, int]]]:
+        """Of each slot its taps: the phase of the grid that each reads, from where, and which it is."""
+        low, high = self.shifts
+        found: list[list[tuple[int, int, int]]] = [[] for _ in ((0,) if self.gathers else self.of_axis.offsets)]
+        for move in self.of_axis.moves:
+            for i in range(move.many):
+                if self.gathers:
+                    found[0].append((move.slot + i, move.shift - low, move.tap + i))
+                else:
+                    found[move.slot + i].append((0, high - move.shift, move.tap + i))
+        return [sorted(of_slot) for of_slot in found]
+
+    @cached_property
+    def runs(self) -> list[list[Run]]:
+        """Of each slot its taps in runs."""
+        found = []
+        for of_slot in self.taps:
+            runs: list[Run] = []
+            for phase, start, tap in of_slot:
+                last = runs[-1] if runs else None
+                if last and (phase, start) == (last.phase, last.start + len(last.taps)):
+                    runs[-1] = Run(phase, last.start, (*last.taps, tap))
+                else:
+                    runs.append(Run(phase, start, (tap,)))
+            found.append(runs)
+        return found
+
+    def met(self, offset: int, q: int, size: int) -> tuple[slice, slice]:
+        """Return which of `size` positions of the grid of a block that begins at q hold values, and where those are."""
+        first = q + self.shifts[0] if self.gathers else q - self.shifts[1]
+        return met(self.axis, offset, first, size, self.gathers)
+
+    def places(self, q: Range) -> dict[int, tuple[slice, slice]]:
+        """Return of each slot in the result which positions of a block are, and where."""
+        if self.gathers:
+            return {0: (slice(0, q[1] - q[0]), slice(*q))}
+        return {place.slot: (place.q, place.fine) for place in places(self.axis, self.of_axis, q)}
+
+    def span(self, q: Range) -> Range:
+        """Return what a block covers of the result."""
+        return q if self.gathers else self.of_axis.span(self.axis, q)
+
+
+class Product(NamedTuple):
+    """The taps of a product on each axis, the line of its columns that each begins at, where its weights are packed."""
+
+    run: Run
+    start: int  # positions of the next axis
+    taps: tuple[list[int], list[int]]
+    weights: slice
+    shape: tuple[int, ...]
+
+
+class Pair(NamedTuple):
+    """A slot of both other axes: runs of the grid that columns are, and the products of each slot of the free axis."""
+
+    slots: tuple[int, int]
+    copies: list[tuple[int, int, int]]  # phase, and start on either axis
+    products: list[list[Product]]
+
+
+class Sizes(NamedTuple):
+    """Of a block: positions of its free axis and the next, lines of its grid, their length, and that of its columns.
+
+    And of these the positions of the sums.
+    """
+
+    free: int
+    behind: int
+    lines: int
+    line: int
+    columns: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Mec:
+    """A schedule; see the module. `problem` has `own_groups` of the one that was asked as one, by their own filters."""
+
+    problem: Problem
+    own_groups: int
+    taken: tuple[int, int, int]  # the order of the axes, the free one first
+    along: tuple[Along, Along, Along]  # in this order
+    cuts: tuple[Cut, Cut]  # of the free axis and the next
+    split: bool  # whether taps of the next axis are starts in the columns too, each a product that is added
+
+    wants_finite_filter = True
+    wants_finite_value = False
+    whole_behind = 3
+    reads_beyond = 1
+
+    @cached_property
+    def channels(self) -> tuple[int, int]:
+        """Channels of a group, of the operand and of the result."""
+        coarse, fine = self.problem.cin // self.own_groups, self.problem.cout // self.own_groups
+        return (fine, coarse) if self.along[0].gathers else (coarse, fine)
+
+    @property
+    def rows(self) -> int:
+        """Channels of a product: a single one is doubled, for NumPy would take it as a vector."""
+        return max(2, self.channels[1])
+
+    @property
+    def count(self) -> int:
+        return self.problem.batch * math.prod(map(len, self.cuts))
+
+    @property
+    def digits(self) -> list[list[Bounds]]:
+        cut = zip(self.taken, self.along, self.cuts, strict=False)
+        return [
+            digit(0, each(self.problem.batch)),
+            *(digit(1 + i, [along.span(q) for q in of_axis]) for i, along, of_axis in cut),
+        ]
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """What every block does."""
+        found, at = [], 0
+        free, behind, last = self.along
+        for c, b in product(range(len(last.taps)), range(len(behind.taps))):
+            of_b, of_c = behind.taps[b], last.taps[c]
+            # With taps apart, slots of the next axis have the same columns.
+            copies = [(phase, 0, start) for phase, start, _ in of_c]
+            starts = [(start, [tap]) for _, start, tap in of_b]
+            if not self.split:
+                copies = [(i * len(last.offsets) + j, m, n) for (i, m, _), (j, n, _) in product(of_b, of_c)]
+                starts = [(0, [tap for _, _, tap in of_b])] * (len(of_b) > 0)
+            products: list[list[Product]] = []
+            for runs in free.runs:
+                products.append([])
+                for run, (start, taps) in product(runs, starts) if copies else []:
+                    shape = self.own_groups, self.rows, len(run.taps) * len(copies) * self.channels[0]
+                    weights = slice(at, at + math.prod(shape))
+                    products[-1].append(Product(run, start, (taps, [tap for _, _, tap in of_c]), weights, shape))
+                    at = weights.stop
+            found.append(Pair((b, c), copies, products))
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Copies to the columns of a block."""
+        return sum(len(pair.copies) for pair in self.pairs if not (self.split and pair.slots[0]))
+
+    @cached_property
+    def copied(self) -> int:
+        """The most taps whose columns lie beside each other."""
+        return max((len(pair.copies) for pair in self.pairs), default=0)
+
+    @cached_property
+    def _products(self) -> list[Product]:
+        return [one for pair in self.pairs for of_slot in pair.products for one in of_slot]
+
+    @cached_property
+    def adds(self) -> bool:
+        """Whether some sums are those of several products."""
+        return any(len(of_slot) > 1 for pair in self.pairs for of_slot in pair.products)
+
+    @cached_property
+    def deep(self) -> int:
+        """The largest k of a product."""
+        return max((one.shape[2] for one in self._products), default=0)
+
+    @cached_property
+    def tile(self) -> int:
+        """The most positions of a product."""
+        most = small_products() * 7 // 8 // max(1, self.rows * self.deep) if unpacked(self.problem) else _MOST
+        return max(_VECTOR, min(_MOST, most // _VECTOR * _VECTOR))
+
+    @property
+    def largest_product(self) -> int:
+        size = self.rows * self.deep * self.tile
+        return LARGEST if unpacked(self.problem) and size <= small_products() else size
+
+    def sizes(self, free: int, behind: int) -> Sizes:
+        """Return the sizes of a block."""
+        line = self.along[2].count + self.along[2].reach
+        positions = (behind - 1) * line + self.along[2].count
+        tiles = -(-positions // self.tile)
+        row = tiles * -(-positions // (tiles * _VECTOR)) * _VECTOR
+        columns = row + self.split * -(-self.along[1].reach * line // _VECTOR) * _VECTOR
+        return Sizes(free, behind, free + self.along[0].reach, line, columns, row)
+
+    def shapes(self, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of a block's grid, [phase of the copied axes, free phase, group, line, channel, position].
+
+        And of its columns, [free phase, group, line, tap * channel, position], and its sums, [group, line, channel,
+        position].
+        """
+        (free, behind, last), (taken, _) = self.along, self.channels
+        # Runs need positions behind the last line.
+        runs = last.reach + sizes.columns + (0 if self.split else behind.reach * sizes.line)
+        plane = max((sizes.behind + behind.reach) * sizes.line, runs)
+        plane = -(-plane // _VECTOR) * _VECTOR
+        lines = len(free.offsets), self.own_groups, sizes.lines
+        grid = len(behind.offsets) * len(last.offsets), *lines, taken, plane
+        return grid, (*lines, self.copied * taken, sizes.columns), (self.own_groups, sizes.free, self.rows, sizes.row)
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        grid, columns, sums = map(math.prod, self.shapes(self.sizes(*(cut.longest for cut in self.cuts))))
+        return sum(aligned(n * self.problem.compute_dtype.itemsize) for n in (grid, columns, sums, sums * self.adds))
+
+    @property
+    def packed_values(self) -> int:
+        return sum(math.prod(one.shape) for one in self._products)
+
+    def pack(self, filter: Array, packed: Array) -> None:
+        """Lay the taps of each product out as [group, channel of the result, tap, channel]."""
+        coarse, fine = filter.shape[4] // self.own_groups, filter.shape[3]
+        weights = filter.reshape(*filter.shape[:3], fine, self.own_groups, coarse)
+        axes = [order(self.problem.axes)[i] for i in self.taken]
+        weights = weights.transpose(4, *((5, *axes, 3) if self.along[0].gathers else (3, *axes, 5)))
+        if self.channels[1] < self.rows:
+            weights = np.broadcast_to(weights, (self.own_groups, self.rows, *weights.shape[2:]))
+        for one in self._products:
+            a, b, c = (_as_slice(taps) for taps in (one.run.taps, *one.taps))
+            taps = weights[:, :, a][:, :, :, b][:, :, :, :, c]
+            copy(packed[one.weights].reshape(taps.shape), taps)
+
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
+        sizes = self.sizes(*(max(1, round(cut.size / len(cut))) for cut in self.cuts))
+        grid, columns, sums = map(math.prod, self.shapes(sizes))
+        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
+        (taken, given), last = self.channels, self.along[2]
+        steps = self.steps
+        total = copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps, spilled=spilled)
+        apart = last.axis.stride > 1
+        total += self._lines_s(grid, min(_FEW, last.given), last.given, taken, apart and last.gathers)
+        lines, tiles = self.own_groups * sizes.free, -(-sizes.row // self.tile)
+        for one in self._products:
+            total += few_channels_s(lines * tiles, sizes.row / tiles, self.rows, one.shape[2])
+        total += len(self._products) * pass_s(sums, sizes.row)
+        slots = len(self.pairs) * len(self.along[0].runs)
+        stored = lines * sizes.behind * last.count * given
+        store_s = self._lines_s(stored, given, last.count, given, apart and not last.gathers)
+        return self.count * (total + slots * store_s)
+
+    def _lines_s(self, values: float, run: int, line: int, channels: int, apart: bool) -> float:
+        """Return the time to copy lines to the grid or from the sums; `apart` says that they are of every other."""
+        if self.problem.layout == "NDHWC":
+            return turned_s(values, run, self.own_groups * channels, apart=apart)
+        return copy_s(values, line, spilled=True, strided=apart)
+
+    @property
+    def reason(self) -> str:
+        row = self.sizes(*(cut.longest for cut in self.cuts)).row
+        groups = f" in {self.own_groups} groups" if self.own_groups > 1 else ""
+        return f"small products of {self.deep} taps and channels with {min(self.tile, row)} positions{groups}"
+
+    def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
+        np.setbufsize(SMALLEST_BUFFER)
+        clock = workspace.clock
+        blocks = workspace.views(self, lambda: Blocks(self, workspace))
+        batch, cut = located(index, self.cuts)
+        spans = [*cut, (0, self.along[2].count)]
+        block = blocks.of(self.sizes(*(stop - start for start, stop in cut)))
+        self._fill(block, operands.value, batch, spans)
+        output = self._seen(operands.output, of_result=True)[batch]
+        start = operands.start((0, self.own_groups * self.channels[1]))
+        if any(unreached(along.axis, along.of_axis) for along in self.along if not along.gathers):
+            output[*(slice(*along.span(q)) for along, q in zip(self.along, spans, strict=True))] = start
+        output = output.reshape(*output.shape[:3], self.own_groups, self.channels[1])
+        if isinstance(start, np.ndarray):
+            start = start.reshape(self.own_groups, 1, -1, 1)
+        free, behind, last = (along.places(q) for along, q in zip(self.along, spans, strict=True))
+        for pair, step in zip(self.pairs, block.steps, strict=True):
+            for to, source in step.copies:
+                np.copyto(to, source)
+            if clock:
+                clock("pack")
+            b, c = pair.slots
+            if b not in behind or c not in last:
+                continue
+            for a, (q, fine) in free.items():
+                if not pair.products[a]:
+                    block.sums[...] = 0
+                for i, (one, columns) in enumerate(zip(pair.products[a], step.columns[a], strict=True)):
+                    weights = operands.packed[one.weights].reshape(self.own_groups, 1, 1, *one.shape[1:])
+                    np.matmul(weights, columns, out=block.tiles[min(i, 1)])
+                    if i:
+                        np.add(block.sums, block.spare, out=block.sums)
+                # Of zero too, for its sign: products that underflow give -0.0.
+                np.add(block.found, start, out=block.found)
+                if clock:
+                    clock("gemm")
+                store(output[fine, behind[b][1], last[c][1]], block.lines[q, behind[b][0], last[c][0]])
+                if clock:
+                    clock("store")
+
+    def _seen(self, array: Array, *, of_result: bool = False) -> Array:
+        """View an array as [batch, free axis, next, last, channel]."""
+        problem, coarse = self.problem, self.along[0].gathers == of_result
+        axes = canonical(problem.axes)
+        sizes = [axis.coarse if coarse else axis.fine for axis in axes]
+        seen = five(problem.layout, array, problem.batch, sizes, problem.cin if coarse else problem.cout)
+        return seen.transpose(0, *(1 + i for i in self.taken), 4)
+
+    def _fill(self, block: Block, value: Array, batch: int, spans: Sequence[Range]) -> None:
+        """Copy the lines that a block needs to its grid, with zeros around them."""
+        value = self._seen(value)[batch]
+        block.grid[...] = 0
+        offsets = product(*(along.offsets for along in (*self.along[1:], self.along[0])))
+        for cells, (b, c, a) in zip(block.cells, offsets, strict=True):
+            found = [
+                along.met(offset, q, size)
+                for along, offset, (q, _), size in zip(self.along, (a, b, c), spans, cells.shape, strict=False)
+            ]
+            to, source = zip(*found, strict=True)
+            part = value[source]
+            by_group = part.reshape(*part.shape[:3], self.own_groups, self.channels[0])
+            np.copyto(cells[to], by_group, casting="unsafe")
+
+
+class Step(NamedTuple):
+    """Of a pair: how its columns are copied, and what the products of each slot of the free axis take of them."""
+
+    copies: list[tuple[Array, Array]]
+    columns: list[list[Array]]
+
+
+class Block:
+    """What blocks of some sizes see of a workspace."""
+
+    def __init__(self, of: Mec, sizes: Sizes, workspace: Workspace) -> None:
+        shape, columns_shape, sums_shape = of.shapes(sizes)
+        self.grid = workspace.take(*shape)
+        columns = workspace.take(math.prod(columns_shape))
+        self.sums = workspace.take(*sums_shape)
+        self.spare = workspace.take(*sums_shape) if of.adds else self.sums
+        self.found = self.sums[:, :, : of.channels[1]]
+        item, wide = self.sums.itemsize, of.along[1].reach + sizes.behind
+        # [line, position of the next axis, of the last, group, channel] of each phase
+        cells = self.grid[..., : wide * sizes.line].reshape(-1, *shape[2:5], wide, sizes.line)
+        self.cells = list(cells.transpose(0, 2, 4, 5, 1, 3))
+        by_group, by_line, by_channel, _ = self.found.strides
+        self.lines = as_strided(
+            self.found,
+            (sizes.free, sizes.behind, of.along[2].count, of.own_groups, of.channels[1]),
+            (by_line, sizes.line * item, item, by_group, by_channel),
+        )
+        tiles = -(-sizes.row // of.tile)
+        of_tiles = (*sums_shape[:3], tiles, sizes.row // tiles)
+        self.tiles = [array.reshape(of_tiles).swapaxes(2, 3) for array in (self.sums, self.spare)]
+        self.steps = [self._step(of, pair, sizes, columns, tiles) for pair in of.pairs]
+
+    def _step(self, of: Mec, pair: Pair, sizes: Sizes, columns: Array, tiles: int) -> Step:
+        phases, groups, lines, taken, _ = self.grid.shape[1:]
+        shape = phases, groups, lines, len(pair.copies), taken, sizes.columns
+        by_tap = columns[: math.prod(shape)].reshape(shape)
+        copies = []
+        for i, (phase, start_b, start_c) in enumerate(pair.copies):
+            start = start_b * sizes.line + start_c
+            copies.append((by_tap[:, :, :, i], self.grid[phase, ..., start : start + sizes.columns]))
+        if of.split and pair.slots[0]:
+            copies = []
+        _, of_group, of_line, _, of_row, item = by_tap.strides
+        each = sizes.row // tiles
+        found = [
+            [
+                as_strided(
+                    by_tap[one.run.phase, :, one.run.start :, ..., one.start * sizes.line :],
+                    (groups, sizes.free, tiles, one.shape[2], each),
+                    (of_group, of_line, each * item, of_row, item),
+                )
+                for one in of_slot
+            ]
+            for of_slot in pair.products
+        ]
+        return Step(copies, found)
+
+
+class Blocks:
+    """The views of a worker's memory, by the sizes of blocks, of which there are four at most."""
+
+    def __init__(self, of: Mec, workspace: Workspace) -> None:
+        self._of, self._workspace = of, workspace
+        self._found: dict[Sizes, Block] = {}
+
+    def of(self, sizes: Sizes) -> Block:
+        """Return what a block sees."""
+        found = self._found.get(sizes)
+        if found is None:
+            self._workspace.reset()
+            found = self._found[sizes] = Block(self._of, sizes, self._workspace)
+        return found
+
+
+def _as_slice(taps: Sequence[int]) -> slice | Sequence[int]:
+    """Return taps as a slice, of which NumPy makes no copy, if they are apart alike."""
+    step = taps[1] - taps[0] if len(taps) > 1 else 1
+    if any(b - a != step for a, b in pairwise(taps)):
+        return taps
+    stop = taps[-1] + step
+    return slice(taps[0], stop if stop >= 0 else None, step)
+
+
+def candidates(problem: Problem) -> list[Mec]:
+    """Return the schedules that are weighed: every order of the axes, groups done together, cuts of the free axis."""
+    gathers = problem.operation == "conv3d"
+    axes = [Along(axis, slots(axis, tiled=False), gathers) for axis in canonical(problem.axes)]
+
+    def made(together: int, taken: tuple[int, int, int], parts: int, positions: int) -> Iterator[Mec]:
+        channels = together * problem.cin, together * problem.cout
+        of = replace(problem, groups=problem.groups // together, cin=channels[0], cout=channels[1])
+        free, behind, last = along = (axes[taken[0]], axes[taken[1]], axes[taken[2]])
+        cuts = Cut(free.count, -(-free.count // parts)), Cut(behind.count, max(1, positions // max(1, last.count)))
+        yield Mec(of, together, taken, along, cuts, split=False)
+        if len(behind.offsets) == 1:  # taps that read other phases are not starts in the same columns
+            yield Mec(of, together, taken, along, cuts, split=True)
+
+    groups = [n for n in range(1, problem.groups + 1) if problem.groups % n == 0]
+    every = product(groups, _ORDERS, _PARTS, _POSITIONS)
+    return [one for choice in every if choice[2] <= max(1, axes[choice[1][0]].count) for one in made(*choice)]
+
+
+def schedule(problem: Problem, machine: Machine) -> Mec:
+    """Choose a schedule for a problem by cost, or raise CannotLowerError where its blocks are too large."""
+    found = best(candidates(problem), machine)
+    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
+        others = "'im2col' and 'auto' can" if problem.operation == "conv3d" else "'col2im' and 'auto' can"
+        raise CannotLowerError(
+            f"{problem.operation}: algorithm='mec' cannot do this problem: its blocks take "
+            f"{found.workspace_bytes} bytes, more than {most}; {others}"
+        )
+    return found

@@ -1,0 +1,220 @@
+"""MEC: every order of the axes, groups together, cut and way to add taps, whatever the BLAS and the cost model.
+
+Whole numbers have one result in any order of summation.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import relation
+from oracle import integers, rounded, same_bits
+from test_filtered import AXES, MACHINE, plan_of
+from test_lowerings import UNIT, check_cells, told
+from test_relation import LAYOUTS, ONE, operands, run
+
+from gemmconv.lowerings import base, mec, products
+from gemmconv.lowerings.base import Operands, Workspace
+from gemmconv.machine import Machine
+from gemmconv.plan import make_plan
+from gemmconv.problem import Axis, Problem
+
+TWO = ("conv3d_transpose", "conv3d")
+GROUPS = [(1, 3, 2), (2, 3, 4), (4, 4, 4), (3, 1, 2), (6, 2, 1), (8, 1, 1), (2, 17, 16)]
+
+
+@pytest.fixture(params=[3000, 1_000_000])
+def _small(request, monkeypatch):
+    """Set the largest product that BLAS is said not to pack: lines are in several tiles, or in one."""
+    monkeypatch.setattr(mec, "small_products", lambda: request.param)
+    monkeypatch.setattr(products, "small_products", lambda: request.param)
+    products.tile.cache_clear()
+    yield
+    products.tile.cache_clear()
+
+
+@pytest.fixture
+def _buffer():
+    """Set NumPy's buffer back: blocks that are run without a pool set it in this thread."""
+    size = np.getbufsize()
+    yield
+    np.setbufsize(size)
+
+
+def drawn_problem(rng, operation, dtype="float32", layout="NDHWC", several=False):
+    axes = tuple(AXES[i] for i in rng.integers(len(AXES), size=3))
+    groups, cin, cout = GROUPS[rng.integers(several, len(GROUPS))]
+    return Problem(operation, int(rng.integers(1, 3)), cin, cout, axes, np.dtype(dtype), layout, groups)
+
+
+def several_of(rng, problem, most):
+    """Return some schedules of a problem."""
+    found = mec.candidates(problem)
+    return [found[i] for i in rng.permutation(len(found))[:most]]
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "complex64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", TWO)
+def test_random_choices_give_the_oracles_bits(operation, layout, dtype):
+    """Random problems, some of their schedules each, with and without a bias."""
+    rng = np.random.default_rng([1, *map(ord, operation + layout + dtype)])
+    seen = {name: set() for name in ("taken", "split", "together", "blocks", "tiles", "adds")}
+    for _ in range(12):
+        problem = drawn_problem(rng, operation, dtype, layout)
+        first, second, bias = operands(rng, problem, largest=2 if problem.dtype.itemsize == 2 else 5)
+        want = rounded(relation.result(problem, first, second, bias), dtype)
+        for schedule in several_of(rng, problem, 3):
+            sizes = schedule.sizes(*(cut.longest for cut in schedule.cuts))
+            seen["taken"].add(schedule.taken)
+            seen["split"].add(schedule.split)
+            seen["together"].add(schedule.own_groups > 1)
+            seen["blocks"].add(schedule.count > problem.batch)
+            seen["tiles"].add(sizes.row > schedule.tile)
+            seen["adds"].add(schedule.adds)
+            with told(problem, schedule):
+                assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
+    assert all(len(found) == 2 for name, found in seen.items() if name != "tiles"), seen
+
+
+def test_tiles_are_what_blas_does_not_pack(monkeypatch):
+    """All positions, or as many as fit, in multiples of its vectors; where it packs all, products may have threads."""
+    problem = Problem("conv3d", 1, 4, 4, (Axis(6, 6, 3, 1, 1, 1), Axis(20, 20, 3, 1, 1, 1), Axis(30, 30, 3, 1, 1, 1)),
+                      np.dtype(np.float32), "NDHWC", 8)  # fmt: skip
+    (found,) = (s for s in mec.candidates(problem) if (s.own_groups, s.taken, s.split) == (8, (0, 1, 2), False)
+                and [len(cut) for cut in s.cuts] == [1, 1])  # fmt: skip
+    for most, tile in ((1_000_000, 512), (30_000, 48), (2000, 16), (0, 512)):
+        monkeypatch.setattr(mec, "small_products", lambda most=most: most)
+        monkeypatch.setattr(products, "small_products", lambda most=most: most)
+        fresh = mec.Mec(found.problem, found.own_groups, found.taken, found.along, found.cuts, found.split)
+        assert fresh.tile == tile
+        assert fresh.sizes(6, 20).row % fresh.tile == 0 or fresh.sizes(6, 20).row < 2 * fresh.tile * 20
+        fits = 0 < 4 * 108 * tile <= most
+        assert fresh.largest_product == (1 if fits else 4 * 108 * tile)
+
+
+@pytest.mark.usefixtures("_buffer")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", TWO)
+def test_blocks_write_what_their_digits_say(operation, layout):
+    """Each cell once, all of a block's cells, and no other; with a bias where no tap reaches."""
+    rng = np.random.default_rng([2, *map(ord, operation + layout)])
+    looked_at = 0
+    while looked_at < 14:
+        problem = drawn_problem(rng, operation, layout=layout)
+        schedules = [s for s in several_of(rng, problem, 40) if s.own_groups == problem.groups and s.count > 1]
+        for schedule in schedules[:2]:
+            looked_at += 1
+            shapes = relation.shapes(problem)
+            first, second = (integers(rng, shape, "float32") for shape in shapes[:2])
+            packed, output = np.full(schedule.packed_values, np.nan, np.float32), np.empty(shapes[2], np.float32)
+            schedule.pack(second, packed)
+            assert not np.isnan(packed).any()
+            workspace = Workspace(schedule.workspace_bytes, problem.compute_dtype)
+            workspace._memory.view(np.float32)[...] = np.nan
+            written = np.zeros(shapes[2], int)
+            along = (0, *(1 + i for i in base.order(problem.axes)), 4)
+            if layout == "NCDHW":
+                along = (0, *(2 + i for i in base.order(problem.axes)), 1)
+            steps = tuple(
+                base.steps_of(layout, role == "filter", shape, base.order(problem.axes))
+                for role, shape in zip(problem.roles, shapes, strict=True)
+            )
+            bias = np.arange(1, 1 + shapes[2][along[4]], dtype=np.float32) if rng.integers(2) else None
+            for index, values in enumerate(itertools.product(*schedule.digits)):
+                output[...] = np.nan
+                schedule.run(index, Operands(first, second, output, packed, steps, bias), workspace)
+                box = [slice(None)] * 5
+                for axis, (start, stop) in itertools.chain(*values):
+                    box[along[axis]] = slice(start, stop)
+                here = ~np.isnan(output)
+                with told(problem, schedule, index):
+                    assert here[tuple(box)].all()
+                    assert here.sum() == here[tuple(box)].sum()
+                written += here
+            assert (written == 1).all()
+
+
+@pytest.mark.parametrize("operation", TWO)
+def test_blocks_as_parts(operation):
+    """The bits of the whole from windows that hold all that is read."""
+    rng = np.random.default_rng([6, *map(ord, operation)])
+    looked_at = 0
+    while looked_at < 40:
+        problem = drawn_problem(rng, operation, several=True)
+        for schedule in several_of(rng, problem, 2):
+            plan = plan_of(problem, schedule)
+            along = (0, *(1 + i for i in base.order(problem.axes)), 4)
+            first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
+            whole = plan(first, second)
+            channels = plan.output_shape[4] // schedule.problem.groups
+            for index, values in enumerate(itertools.product(*schedule.digits)):
+                group = int(rng.integers(schedule.problem.groups))
+                box = [(0, size) for size in plan.output_shape[:4]] + [(group * channels, (group + 1) * channels)]
+                for axis, span in itertools.chain(*values):
+                    box[along[axis]] = span
+                if index > 3 or any(start >= stop for start, stop in box):
+                    continue
+                looked_at += 1
+                part = plan.part(box)
+                with told(problem, schedule, index):
+                    assert part.on_blocks
+                    assert same_bits(part(first[part.windows[0]], second[part.windows[1]]), whole[part.box])
+
+
+@pytest.mark.parametrize("operation", TWO)
+def test_what_is_not_finite_stays_where_it_belongs(operation):
+    """In a value also between lines; a filter with Inf or NaN is left to another lowering."""
+    rng = np.random.default_rng(4)
+    for _ in range(30):
+        problem = drawn_problem(rng, operation, several=True)
+        (schedule,) = several_of(rng, problem, 1)
+        plan = plan_of(problem, schedule)
+        for bad in (np.inf, -np.inf, np.nan):
+            first, second, _ = operands(rng, problem, largest=2, biased=False)
+            array = (first, second)[rng.integers(2)]
+            array[tuple(rng.integers(array.shape))] = bad
+            with told(problem, schedule, bad), np.errstate(all="raise"):
+                check_cells(run(plan, first, second), rounded(relation.result(problem, first, second), "float32"))
+
+
+@pytest.mark.parametrize("operation", TWO)
+def test_zeros_are_positive(operation):
+    """Products that underflow to -0.0 give +0.0, with and without a bias of zeros."""
+    problem = Problem(operation, 1, 4, 4, (AXES[0], AXES[1], AXES[0]), np.dtype(np.float32), "NDHWC", 3)
+    shapes = relation.shapes(problem)
+    first, second = np.full(shapes[0], 1e-30, np.float32), np.full(shapes[1], -1e-30, np.float32)
+    for schedule in mec.candidates(problem)[::5]:
+        for bias in (None, np.zeros(12, np.float32)):
+            y = run(plan_of(problem, schedule), first, second, bias)
+            assert not np.signbit(y).any()
+            assert (y == 0).all()
+
+
+@pytest.mark.parametrize("operation", TWO)
+def test_rounding(operation):
+    """Normal data: within the rounding of a direct sum, as test_lowerings.test_rounding_of_normal_data argues."""
+    rng = np.random.default_rng(3)
+    axes = Axis(8, 8, 3, 1, 1, 1), Axis(7, 14, 4, 2, 1, 1), Axis(6, 11, 3, 2, 1, 1)
+    problem = Problem(operation, 1, 16, 16, axes, np.dtype(np.float32), "NDHWC", 4)
+    first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
+    exact = relation.result(problem, first, second)
+    most = relation.result(problem, np.abs(first), np.abs(second))
+    terms = relation.result(problem, np.ones_like(first), np.ones_like(second))
+    for schedule in mec.candidates(problem)[::7]:
+        error = np.abs(run(plan_of(problem, schedule), first, second) - exact)
+        assert (error <= np.sqrt(terms) * UNIT * most).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiny_groups_are_done_by_it(layout):
+    """Where BLAS has products that it does not pack; without groups it is not weighed."""
+    three = Axis(8, 8, 3, 1, 1, 1), Axis(28, 28, 3, 1, 1, 1), Axis(28, 28, 3, 1, 1, 1)
+    problem = Problem("conv3d_transpose", 1, 4, 4, three, np.dtype(np.float32), layout, 32)
+    plan = make_plan.__wrapped__(problem, Machine(2, 1 << 20, 1 << 25), "auto", 2)
+    assert set(dict(plan.estimates)) == {"col2im", "kn2row", "winograd", "mec", "depthwise"}
+    if products.unpacked(problem):
+        assert plan.algorithm == "mec"
+    single = Problem("conv3d_transpose", 1, 4, 4, (ONE, *three[1:]), np.dtype(np.float32), layout)
+    assert "mec" not in dict(make_plan.__wrapped__(single, MACHINE, "auto", 2).estimates)
