@@ -525,11 +525,15 @@ def test_profile_knows_all_of_a_call(layout_of_out):
     value, filter = normal(513, (1, 24, 24, 24, 16), (2, 2, 2, 16, 16))
     plan = plan_conv3d_transpose(value.shape, filter.shape, strides=2, workers=1)
     out = np.ones(plan.output_shape[::-1], np.float32).T if layout_of_out == "transposed" else plan(value, filter)
-    with gemmconv.profile() as found:
-        start_s = time.perf_counter()
-        plan(value, filter, out)
-        took_s = time.perf_counter() - start_s
-    assert 0.9 * took_s <= found.worker_seconds <= took_s
+    known = []
+    for _ in range(10):  # the thread may be put aside between two readings of the clock
+        with gemmconv.profile() as found:
+            start_s = time.perf_counter()
+            plan(value, filter, out)
+            took_s = time.perf_counter() - start_s
+        assert found.worker_seconds <= took_s
+        known.append(found.worker_seconds / took_s)
+    assert max(known) >= 0.9
     with gemmconv.profile() as found:
         conv3d_transpose(value[:0], filter)
     assert found.calls == 1
