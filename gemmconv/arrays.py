@@ -28,6 +28,8 @@ def operands(
 
     Nested lists of Python numbers take the other operand's dtype; two of them give float32, complex64 if complex.
     """
+    if type(first) is type(second) is np.ndarray and first.dtype == second.dtype and first.dtype in _NATIVE:
+        return first, second, first.dtype
     given = (first, second)
     found = [_array(function, name, operand) for name, operand in zip(names, given, strict=True)]
     if all(is_weak for _, is_weak in found):

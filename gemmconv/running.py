@@ -235,6 +235,9 @@ def _by_group(
     biases = None
     if bias is not None:
         biases = (bias.astype(problem.compute_dtype) + problem.compute_dtype.type(0)).reshape(problem.groups, -1)
+    if problem.groups == 1:
+        first, second, to = wholes
+        return [Operands(first, second, to, packed[0], steps, None if biases is None else biases[0])]
     found = []
     for group in range(problem.groups):
         arrays = zip(problem.roles, wholes, strict=True)

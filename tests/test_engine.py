@@ -121,6 +121,26 @@ def test_every_block_size_gives_the_oracles_bits(order, seed):
     assert cut > (30 if order in COL2IM else 2), "the small caches must cut problems into blocks"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
+def test_slots_that_are_neighbours_are_stored_in_one_copy(dtype, monkeypatch):
+    """Where they are all in the output, with the bits of a copy for each."""
+    rng = np.random.default_rng([19, *map(ord, dtype)])
+    copies = []
+    for _ in range(120):
+        problem = random_problem(rng, dtype)
+        value, filter = (integers(rng, s, problem.dtype, 2) for s in (problem.coarse_shape, problem.filter_shape))
+        found = []
+        for most in (0, 1 << 20):
+            monkeypatch.setattr(by_rows, "_FEW_CELLS", most)
+            plan = plan_of(problem, "by_rows", CACHE)
+            found.append(plan(value, filter))
+        assert same_bits(*found)
+        programs = [plan.schedule._program(index) for index in range(plan.schedule.count)]
+        copies += [len(program.stores) for program in programs if program.tiles]
+    assert len(copies) > 4
+    assert set(copies) == {1}
+
+
 @pytest.mark.parametrize("positions", [1, 3, 7, 20])
 @pytest.mark.parametrize("order", ["kn2row", "winograd"])
 def test_blocks_of_few_positions_give_the_oracles_bits(order, positions, monkeypatch):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -86,8 +86,7 @@ class Workspace:
         return self._memory[start : start + size].view(self.gemm.dtype).reshape(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(NamedTuple):
     """The arrays of one group of one call, native, in the problem's dtype and layout: two operands and the result.
 
     They are C-contiguous but for channels of other groups between theirs, or windows of such arrays seen at their place

@@ -30,7 +30,7 @@ from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, loca
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed
 from gemmconv.lowerings.copies import as_items, item_size, store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
-from gemmconv.lowerings.phases import Slots, places, slots, unreached
+from gemmconv.lowerings.phases import Place, Slots, places, slots, unreached
 from gemmconv.lowerings.products import LARGEST
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -39,6 +39,8 @@ _FEW_ROWS, _MOST_ROWS = 16, 4096
 _MOST_TAPS = 1024  # filter rows of one GEMM, unless all columns are few
 _MOST_COLUMNS = 65536
 _FEW_VALUES = 256  # of an accumulator: blocks are not cut below this
+# Positions of a block up to which all are stored in one copy, whose inner loops are short.
+_FEW_CELLS = 1024
 _L2_SHARE = 0.75
 _COLUMNS_SHARE = 1.0
 _PACK_SHARE = 0.25
@@ -75,12 +77,16 @@ class Product(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a block does: the shape of its sums, its GEMMs, its region of the output, and where sums are stored."""
+    """What a block does: the shape of its sums, its GEMMs, its region of the output, and where sums are stored.
+
+    With `tiles`, [batch, q, slot, q, slot, q, slot], they are all stored at once, in the region seen so.
+    """
 
     shape: tuple[int, ...]
     products: list[Product]
     region: Index
     stores: list[tuple[Index, Index]]
+    tiles: tuple[int, ...]
 
 
 class Seen(NamedTuple):
@@ -218,10 +224,13 @@ class ByRows(AsItLies):
         if seen.item_size:
             output = as_items(output, seen.item_size)
         for source, (_, to) in zip(seen.stored, program.stores, strict=True):
+            cells = output[to]
+            if program.tiles:
+                cells = cells.reshape(*program.tiles, *cells.shape[4:])
             if seen.item_size:
-                np.copyto(output[to], source)
+                np.copyto(cells, source)
             else:
-                store(output[to], source)
+                store(cells, source)
         if clock:
             clock("store")
 
@@ -244,7 +253,10 @@ class ByRows(AsItLies):
         size = item_size(self.problem, self.problem.cout) if self.channels_last else 0
         last = sums.transpose(1, 2, 3, 4, 5, 6, 7, 0)
         last = as_items(last, size) if size else last
-        stored = [last[(*source[1:], ...)] for source, _ in program.stores]
+        if program.tiles:
+            stored = [last.transpose(0, 2, 1, 4, 3, 6, 5, *range(7, last.ndim))]
+        else:
+            stored = [last[(*source[1:], ...)] for source, _ in program.stores]
         return Seen(sums, additions, size, stored)
 
     def _program(self, index: int) -> Program:
@@ -268,12 +280,22 @@ class ByRows(AsItLies):
                 products.extend(self._product(block, box, taps) for box in boxes)
         parts = list(self._by_axis(block[1:]))
         region = (slice(*block.batch), *(slice(*slots.span(axis, q)) for axis, slots, q in parts))
-        stores = []
-        for d_, h_, w_ in product(*(places(*part) for part in parts)):
+        stores: list[tuple[Index, Index]] = []
+        of_axes = [list(places(*part)) for part in parts]
+        for d_, h_, w_ in product(*of_axes):
             source = (slice(None), slice(None), d_.slot, d_.q, h_.slot, h_.q, w_.slot, w_.q)
             stores.append((source, (slice(*block.batch), d_.fine, h_.fine, w_.fine)))
         shape = self._sums_shape([stop - start for start, stop in block])
-        return Program(shape, products, region, stores)
+        tiles: tuple[int, ...] = ()
+        if (
+            len(stores) > 1
+            and math.prod(shape[1:]) <= _FEW_CELLS
+            and all(map(tiled, of_axes, shape[2::2], shape[3::2]))
+        ):
+            spans = [slice(found[0].fine.start, found[-1].fine.stop) for found in of_axes]
+            stores = [((), (slice(*block.batch), *spans))]
+            tiles = shape[1], shape[3], shape[2], shape[5], shape[4], shape[7], shape[6]
+        return Program(shape, products, region, stores, tiles)
 
     def _product(self, block: Block, box: Box, taps: tuple[Range, Range, Range]) -> Product:
         """Return one GEMM, a contiguous box of rows with a box of taps, and where its columns are added."""
@@ -302,6 +324,15 @@ class ByRows(AsItLies):
         """Return the shape of an accumulator: output channels, batch, then slots and q of each axis."""
         d, h, w = (len(slots.offsets) for slots in self.slots)
         return self.problem.cout, sizes[0], d, sizes[1], h, sizes[2], w, sizes[3]
+
+
+def tiled(found: Sequence[Place], slots: int, count: int) -> bool:
+    """Whether an axis' slots are neighbours behind each of its positions, all of them in the output."""
+    alike = all(
+        place.q == slice(0, count) and place.fine.start == found[0].fine.start + i and place.fine.step == slots
+        for i, place in enumerate(found)
+    )
+    return len(found) == slots and alike
 
 
 def axis_steps(axis: Axis, span: Range) -> list[Step]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -101,16 +101,28 @@ class Columns:
     """
 
     def __init__(self, buffers: Buffers, axes: Sequence[Axis], operands: Operands) -> None:
-        problem, turned = buffers.problem, buffers.turned
         self._buffers, self.buffer = buffers, buffers.columns
-        self._cin, self._pitch = problem.cin, problem.pitch
+        self._axes, self._operands = axes, operands
+        self._cin, self._pitch = buffers.problem.cin, buffers.problem.pitch
         self._steps = operands.steps[0]
         self._gemm = buffers.gemm
-        self._filter = operands.filter.reshape(-1, problem.cin)
-        self._grid = five(problem.layout, operands.value, problem.batch, [axis.coarse for axis in axes], problem.cin)
         self._held: tuple[Box, int] | None = None
-        self._tiles = operands.packed.reshape(-1, problem.cin, turned) if turned else None
         self._value_at, self._filter_at = address(operands.value), address(operands.filter)
+
+    # GEMM needs addresses only.
+
+    @cached_property
+    def _filter(self) -> Array:
+        return self._operands.filter.reshape(-1, self._cin)
+
+    @cached_property
+    def _grid(self) -> Array:
+        problem, sizes = self._buffers.problem, [axis.coarse for axis in self._axes]
+        return five(problem.layout, self._operands.value, problem.batch, sizes, problem.cin)
+
+    @cached_property
+    def _tiles(self) -> Array:
+        return self._operands.packed.reshape(-1, self._cin, self._buffers.turned)
 
     def locate(self, hull: Box) -> Rows:
         """Return where a hull's rows are, for any number of calls of `form`."""
@@ -123,7 +135,7 @@ class Columns:
     def form(self, rows: Rows, pieces: Sequence[Piece], ld: int) -> None:
         """Form the columns of rows and of pieces of the filter, with `ld` values from line to line."""
         cin, m, buffers = self._cin, rows.m, self._buffers
-        if self._tiles is not None:
+        if buffers.turned:
             value, to, n = self._flat(rows), self.buffer[: m * ld].reshape(m, ld), self._tiles.shape[2]
             for piece in pieces:
                 tiles = self._tiles[piece.first // n : (piece.first + piece.rows) // n]
