@@ -71,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--force", action="store_true", help="compare results of different machines all the same")
     compare.set_defaults(run=run_compare)
 
+    report = commands.add_parser("report", help="print a result again, of any of its contenders")
+    report.add_argument("result", type=Path)
+    report.add_argument("--subject", help="what ratios are of (that of the run)")
+    report.set_defaults(run=run_report)
+
     plot = commands.add_parser("plot", help="draw a result")
     plot.add_argument("result", type=Path)
     plot.add_argument("--output", type=Path, metavar="FOLDER", help="where to (beside the result)")
@@ -240,6 +245,22 @@ def run_compare(args: argparse.Namespace) -> int:
         out.print(f"compared by force: {reason}", style="yellow")
     report.print_comparison(found, args.fail_over, out)
     return found.status
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Print a file."""
+    from bench import report, results
+
+    try:
+        found = results.read(args.result)
+        if args.subject is not None and found["kind"] != "speed":
+            raise ValueError(f"{args.result} is of {found['kind']}, which has no ratios")
+        if found["kind"] == "speed":
+            found = results.seen_from(found, args.subject or found["settings"]["subject"])
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    (report.print_speed if found["kind"] == "speed" else report.print_memory)(found, report.console())
+    return WRONG if results.failures(found["rows"]) else FINE
 
 
 def run_plot(args: argparse.Namespace) -> int:

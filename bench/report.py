@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.compare import Comparison
-from bench.results import Document, Row, best_framework, failures, op_of
+from bench.results import Document, Row, best_framework, by_fastest_calls, failures, op_of, roof_share, scaling
 
 PLAIN_WIDTH = 170  # where the output is no terminal
 
@@ -65,8 +65,15 @@ def print_speed(found: Document, out: Console) -> None:
         if best is not None:
             out.print(
                 f"against the fastest of {', '.join(best['contenders'])} on each layer, {workers} worker(s): "
-                f"{best['ratio']:.2f}, worst {best['worst_layer']} {best['worst_ratio']:.2f}"
+                f"{best['ratio']:.2f}, worst {best['worst_layer']} {best['worst_ratio']:.2f}; "
+                f"by the fastest calls {by_fastest_calls(found, workers):.2f}"
             )
+    for workers in found["settings"]["workers"]:
+        share, times = roof_share(found, workers), scaling(found, workers) if workers > 1 else None
+        texts = [] if share is None else [f"median share of the roof {share:.0%}"]
+        texts += [] if times is None else [f"{times:.2f} times as fast as with 1 on layers above 1 GFLOP"]
+        if texts:
+            out.print(f"{escape(subject)}, {workers} worker(s): {', '.join(texts)}")
     for name in ("flops", "roof", "interval"):
         out.print(f"{name}: {found['conventions'][name]}", style="dim")
     _print_doubts(found, out)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import statistics
 from bench.contenders.roof import SIZES, sizes
 from bench.layers import TRANSPOSE, Layer
@@ -36,6 +38,8 @@ CONVENTIONS = {
     "error_fraction": "the largest difference from the float64 result over its largest magnitude; what is above "
     "error_bound, times the root of products a cell / 32768 where there are more, is wrong",
 }
+# Layers whose work several workers should share well.
+_LARGE_FLOPS = 1e9
 FRAMEWORKS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # Statuses of a row: all but 'ok' and 'unsupported' are failures of the contender.
 FAILURES = ("wrong", "raised", "hung", "died", "given up")
@@ -168,8 +172,61 @@ def best_framework(ratios: Sequence[Row], workers: int) -> Row | None:
         return None
     best = {layer: min(found) for layer, found in of_layer.items()}
     worst = min(best, key=lambda layer: best[layer])
-    mean = math.exp(sum(map(math.log, best.values())) / len(best))
+    mean = _mean(list(best.values()))
     return {"contenders": sorted(names), "ratio": mean, "worst_layer": worst, "worst_ratio": best[worst]}
+
+
+def by_fastest_calls(found: Document, workers: int) -> float | None:
+    """What the subject comes to against the fastest framework of each layer, by the fastest call of each.
+
+    Medians count what a noisy machine does to threads that sleep and not to those that spin; this does not.
+    """
+    fastest: dict[str, list[float]] = {}
+    own: dict[str, float] = {}
+    for row in found["rows"]:
+        if row["workers"] == workers and "median_seconds" in row:
+            seconds = min(map(min, row["visits_seconds"]))
+            if row["contender"] == found["settings"]["subject"]:
+                own[row["layer"]] = seconds
+            elif row["contender"] in FRAMEWORKS:
+                fastest.setdefault(row["layer"], []).append(seconds)
+    return _mean([min(fastest[layer]) / own[layer] for layer in own if layer in fastest])
+
+
+def roof_share(found: Document, workers: int) -> float | None:
+    """The median over layers of the subject's share of its roof."""
+    shares = [row["roof_share"] for row in _own(found, workers).values() if row.get("roof_share") is not None]
+    return float(np.median(shares)) if shares else None
+
+
+def scaling(found: Document, workers: int) -> float | None:
+    """How many times as fast the subject is as with one worker: the geometric mean over layers above 1 GFLOP."""
+    one, many = _own(found, 1), _own(found, workers)
+    large = [layer for layer in many if layer in one and many[layer]["flops"] > _LARGE_FLOPS]
+    return _mean([one[layer]["median_seconds"] / many[layer]["median_seconds"] for layer in large])
+
+
+def seen_from(found: Document, subject: str) -> Document:
+    """Return a result of a speed run with the ratios of another of its contenders."""
+    names = {row["contender"] for row in found["rows"]}
+    if subject not in names:
+        raise ValueError(f"the result has no contender {subject!r}; it has {', '.join(sorted(names))}")
+    if subject == found["settings"]["subject"]:
+        return found
+    against = [found["settings"]["subject"], *found["settings"]["against"]]
+    ratios, summaries = compare_all(found["rows"], subject, found["settings"]["confidence"])
+    settings = found["settings"] | {"subject": subject, "against": [name for name in against if name != subject]}
+    return found | {"settings": settings, "ratios": ratios, "summaries": summaries}
+
+
+def _own(found: Document, workers: int) -> dict[str, Row]:
+    """The subject's rows with a time, by layer."""
+    rows = (row for row in found["rows"] if row["contender"] == found["settings"]["subject"])
+    return {row["layer"]: row for row in rows if row["workers"] == workers and "median_seconds" in row}
+
+
+def _mean(ratios: Sequence[float]) -> float | None:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
 def interval_row(interval: Interval) -> Row:

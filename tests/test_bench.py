@@ -162,6 +162,19 @@ def test_compare(speed, tmp_path):
     assert "No such file" in bench("compare", path, tmp_path / "none.json", status=2)
 
 
+def test_report(speed):
+    """What the run printed, and of another contender with the ratios turned."""
+    found, path, text = speed
+    assert bench("report", path) in text
+    turned = bench("report", path, "--subject", "numpy")
+    assert "time of others / time of numpy" in turned
+    (ours,) = (row["ratio"] for row in found["summaries"] if (row["contender"], row["workers"]) == ("numpy", 1))
+    (theirs,) = re.findall(r"gemmconv +\S +1 +\S +2 +\S +(\d+\.\d\d)", turned)
+    assert float(theirs) == pytest.approx(1 / ours, abs=0.01)
+    refused = bench("report", path, "--subject", "nobody", status=2)
+    assert "the result has no contender 'nobody'; it has " in refused
+
+
 @pytest.mark.parametrize(
     ("op", "algorithm", "roof"), [("conv3d", "im2col", [60, 5, 72]), ("conv3d_backprop_filter", "im2col", [72, 5, 60])]
 )

@@ -361,6 +361,28 @@ def test_the_fastest_framework_of_each_layer_is_found():
     assert results.best_framework(ratios, 2) is None
 
 
+def test_shares_and_scaling():
+    """By hand: the median share of the roof, the fastest call of all, and layers above 1 GFLOP with several workers."""
+
+    def row(layer, contender, workers, flops, *visits):
+        return {
+            "layer": layer, "contender": contender, "workers": workers, "flops": flops, "roof_share": 0.25 * workers,
+            "visits_seconds": [list(visit) for visit in visits], "median_seconds": visits[0][0],
+        }  # fmt: skip
+
+    found = {"settings": {"subject": "mine"}, "rows": [
+        row("a", "mine", 1, 2e9, [4.0, 2.0], [3.0]), row("a", "torch", 1, 2e9, [8.0], [1.0, 9.0]),
+        row("a", "jax", 1, 2e9, [3.0]), row("b", "mine", 1, 3e9, [9.0]), row("b", "torch", 1, 3e9, [18.0]),
+        row("c", "mine", 1, 9e8, [5.0]), row("a", "mine", 2, 2e9, [2.0]), row("b", "mine", 2, 3e9, [4.5]),
+        row("c", "mine", 2, 9e8, [5.0]), {"layer": "d", "contender": "mine", "workers": 2, "status": "hung"},
+    ]}  # fmt: skip
+    assert results.by_fastest_calls(found, 1) == pytest.approx(math.sqrt(0.5 * 2))
+    assert results.by_fastest_calls(found, 2) is None
+    assert [results.roof_share(found, workers) for workers in (1, 2, 3)] == [0.25, 0.5, None]
+    assert results.scaling(found, 2) == pytest.approx(2)
+    assert results.scaling(found, 3) is None
+
+
 @pytest.mark.parametrize(("edge", "chunk"), [(16, 16), (16, 4), (24, 5), (10, 1)])
 def test_what_chunks_read_is_counted_by_the_definition(edge, chunk):
     """Kernel 4, stride 2, one cell cut off on each side: coarse position i reaches 2i - 1 to 2i + 2."""
