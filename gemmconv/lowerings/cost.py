@@ -17,8 +17,9 @@ _GEMM_FLOPS_PER_S = 135e9
 _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
 # Small products one after the other in a single step, without packing, and the k at which half of it is reached.
 _SMALL_FLOPS_PER_S, _SMALL_HALF_K = 145e9, 6
-# Of small products whose rows are in vectors, the m at which half of it is reached.
-_SMALL_HALF_M = 24
+# Of small products whose rows are in vectors: the m at which half of it is reached, the n up to which it takes as long
+# as for that, and what a value of rows costs more that BLAS packs.
+_SMALL_HALF_M, _FEWEST_CHANNELS, _PACKED_POSITION_S = 24, 4, 0.2e-9
 # The same for products of lines of both operands, and the m and n at which half of it is reached.
 _LINES_FLOPS_PER_S, _LINES_HALF_MN, _LINES_HALF_K = 140e9, 2, 32
 # A value of rows that GEMM packs to form columns [tap, row], of few taps.
@@ -42,7 +43,7 @@ _STRIDED_VALUE_S = 0.6e-9
 # One of lines that are turned, channels last to channels first or back, each inner loop, and what a value costs more
 # where others in its cache line are not used, or the next position's are elsewhere.
 _TURNED_LINE_VALUE_S, _TURNED_RUN_S, _ALONE_VALUE_S, _LINE_VALUES = 0.35e-9, 2.8e-9, 0.1e-9, 32
-_APART_VALUE_S = 1e-9
+_APART_VALUE_S = 2e-9
 # A value of a filter that is turned, before the blocks; large filters by all workers.
 TURNED_VALUE_S = 1.4e-9
 # What a run costs more that is read from memory, beyond any cache, and does not follow the one before.
@@ -108,9 +109,13 @@ def lines_s(m: float, n: float, k: float) -> float:
     return _STEP_S + n * k * _READ_VALUE_S + 2 * products / _LINES_FLOPS_PER_S
 
 
-def few_channels_s(products: float, m: float, n: float, k: float) -> float:
-    """Return the time of products of n channels with m positions, which are in vectors, in one step."""
-    return _STEP_S + 2 * products * (m + _SMALL_HALF_M) * max(n, 4) * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
+def few_channels_s(products: float, m: float, n: float, k: float, *, packed: bool) -> float:
+    """Return the time of products of n channels with m positions, which are in vectors, in one step.
+
+    With `packed` BLAS has no kernels that read the positions where they lie.
+    """
+    flops = 2 * (m + _SMALL_HALF_M) * max(n, _FEWEST_CHANNELS) * (k + _SMALL_HALF_K)
+    return _STEP_S + products * (flops / _SMALL_FLOPS_PER_S + m * k * _PACKED_POSITION_S * packed)
 
 
 def streamed_s(values: float, run: float) -> float:

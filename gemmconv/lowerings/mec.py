@@ -51,8 +51,9 @@ _POSITIONS = (256, 1024)
 _VECTOR, _MOST = 16, 512
 # Values of a line that are turned in one inner loop, at most, as the cost model sees it.
 _FEW = 8
-# Of the L2 cache: workspace that counts as in cache.
+# Of the L2 cache: workspace, and a result, that count as in cache.
 _L2_SHARE = 1.5
+_RESULT_SHARE = 2.0
 
 
 class Run(NamedTuple):
@@ -279,25 +280,43 @@ class Mec:
         columns = row + self.split * -(-self.along[1].reach * line // _VECTOR) * _VECTOR
         return Sizes(free, behind, free + self.along[0].reach, line, columns, row)
 
+    def box(self, sizes: Sizes) -> tuple[int, ...]:
+        """Return the shape of the box that phases are copied from, [free axis, group, channel, next axis, last]."""
+        size = zip((sizes.lines, sizes.behind + self.along[1].reach, sizes.line), self.along, strict=True)
+        free, behind, last = (n * (along.axis.stride if along.gathers else 1) for n, along in size)
+        return free, self.own_groups, self.channels[0], behind, last
+
     def shapes(self, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of a block's grid, [phase of the copied axes, free phase, group, line, channel, position].
 
         And of its columns, [free phase, group, line, tap * channel, position], and its sums, [group, line, channel,
         position].
         """
-        (free, behind, last), (taken, _) = self.along, self.channels
+        (_, behind, last), (taken, _), phases = self.along, self.channels, self.phases
         # Runs need positions behind the last line.
         runs = last.reach + sizes.columns + (0 if self.split else behind.reach * sizes.line)
         plane = max((sizes.behind + behind.reach) * sizes.line, runs)
         plane = -(-plane // _VECTOR) * _VECTOR
-        lines = len(free.offsets), self.own_groups, sizes.lines
-        grid = len(behind.offsets) * len(last.offsets), *lines, taken, plane
+        lines = phases[0], self.own_groups, sizes.lines
+        grid = phases[1] * phases[2], *lines, taken, plane
         return grid, (*lines, self.copied * taken, sizes.columns), (self.own_groups, sizes.free, self.rows, sizes.row)
 
     @cached_property
     def workspace_bytes(self) -> int:
-        grid, columns, sums = map(math.prod, self.shapes(self.sizes(*(cut.longest for cut in self.cuts))))
+        sizes = self.sizes(*(cut.longest for cut in self.cuts))
+        grid, columns, sums = map(math.prod, self.shapes(sizes))
+        columns = max(columns, self.box_values(sizes))
         return sum(aligned(n * self.problem.compute_dtype.itemsize) for n in (grid, columns, sums, sums * self.adds))
+
+    def box_values(self, sizes: Sizes) -> int:
+        """Return the values of the box, which is where columns are after that; 0 without one."""
+        return math.prod(self.box(sizes)) if math.prod(self.phases) > 1 else 0
+
+    @property
+    def phases(self) -> tuple[int, int, int]:
+        """Phases of the grid along each axis."""
+        free, behind, last = (len(along.offsets) for along in self.along)
+        return free, behind, last
 
     @property
     def packed_values(self) -> int:
@@ -324,18 +343,24 @@ class Mec:
         (taken, given), last = self.channels, self.along[2]
         steps = self.steps
         total = copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps, spilled=spilled)
-        apart = last.axis.stride > 1
-        total += self._lines_s(grid, min(_FEW, last.given), last.given, taken, apart and last.gathers)
+        box, phases = self.box_values(sizes), math.prod(self.phases)
+        total += self._lines_s(box or grid, min(_FEW, last.given), last.given, taken, apart=False)
+        total += copy_s(grid, last.given, steps=phases, strided=self.phases[2] > 1, spilled=spilled) if box else 0.0
+        # Where positions of a result that leaves the cache are not stored beside each other.
+        result = math.prod(self.problem.fine_shape) * self.problem.dtype.itemsize
+        apart = last.axis.stride > 1 and not last.gathers and result > machine.l2_bytes * _RESULT_SHARE
         lines, tiles = self.own_groups * sizes.free, -(-sizes.row // self.tile)
         for one in self._products:
-            total += few_channels_s(lines * tiles, sizes.row / tiles, self.rows, one.shape[2])
+            packed = self.largest_product > LARGEST
+            total += few_channels_s(lines * tiles, sizes.row / tiles, self.rows, one.shape[2], packed=packed)
         total += len(self._products) * pass_s(sums, sizes.row)
         slots = len(self.pairs) * len(self.along[0].runs)
         stored = lines * sizes.behind * last.count * given
-        store_s = self._lines_s(stored, given, last.count, given, apart and not last.gathers)
+        run = given if given > 1 else self.own_groups
+        store_s = self._lines_s(stored, run, last.count, given, apart=apart)
         return self.count * (total + slots * store_s)
 
-    def _lines_s(self, values: float, run: int, line: int, channels: int, apart: bool) -> float:
+    def _lines_s(self, values: float, run: int, line: int, channels: int, *, apart: bool) -> float:
         """Return the time to copy lines to the grid or from the sums; `apart` says that they are of every other."""
         if self.problem.layout == "NDHWC":
             return turned_s(values, run, self.own_groups * channels, apart=apart)
@@ -396,19 +421,32 @@ class Mec:
         return seen.transpose(0, *(1 + i for i in self.taken), 4)
 
     def _fill(self, block: Block, value: Array, batch: int, spans: Sequence[Range]) -> None:
-        """Copy the lines that a block needs to its grid, with zeros around them."""
+        """Copy the lines that a block needs to its grid, with zeros around them.
+
+        Several phases are copied from a box that is turned as a whole.
+        """
         value = self._seen(value)[batch]
+        value = value.reshape(*value.shape[:3], self.own_groups, self.channels[0])
         block.grid[...] = 0
         offsets = product(*(along.offsets for along in (*self.along[1:], self.along[0])))
+        copies = []
         for cells, (b, c, a) in zip(block.cells, offsets, strict=True):
-            found = [
-                along.met(offset, q, size)
-                for along, offset, (q, _), size in zip(self.along, (a, b, c), spans, cells.shape, strict=False)
-            ]
-            to, source = zip(*found, strict=True)
-            part = value[source]
-            by_group = part.reshape(*part.shape[:3], self.own_groups, self.channels[0])
-            np.copyto(cells[to], by_group, casting="unsafe")
+            along = zip(self.along, (a, b, c), spans, cells.shape, strict=False)
+            to, source = zip(*(of.met(offset, q, size) for of, offset, (q, _), size in along), strict=True)
+            if cells[to].size:
+                copies.append((cells[to], source))
+        if len(block.cells) == 1 or not copies:
+            for cells, source in copies:
+                np.copyto(cells, value[source], casting="unsafe")
+            return
+        first = [min(source[i].start for _, source in copies) for i in range(3)]
+        # Their ends are a stride behind their last position, which may be beyond the operand and the box.
+        given = value[tuple(slice(start, start + size) for start, size in zip(first, block.box.shape, strict=False))]
+        box = block.box[tuple(map(slice, given.shape[:3]))]
+        np.copyto(box, given, casting="unsafe")
+        for cells, source in copies:
+            at = (slice(s.start - start, s.stop - start, s.step) for s, start in zip(source, first, strict=True))
+            np.copyto(cells, box[tuple(at)])
 
 
 class Step(NamedTuple):
@@ -424,7 +462,11 @@ class Block:
     def __init__(self, of: Mec, sizes: Sizes, workspace: Workspace) -> None:
         shape, columns_shape, sums_shape = of.shapes(sizes)
         self.grid = workspace.take(*shape)
-        columns = workspace.take(math.prod(columns_shape))
+        columns = workspace.take(max(math.prod(columns_shape), of.box_values(sizes)))
+        if math.prod(of.phases) > 1:
+            box = of.box(sizes)
+            # [free axis, next, last, group, channel]
+            self.box = columns[: math.prod(box)].reshape(box).transpose(0, 3, 4, 1, 2)
         self.sums = workspace.take(*sums_shape)
         self.spare = workspace.take(*sums_shape) if of.adds else self.sums
         self.found = self.sums[:, :, : of.channels[1]]
