@@ -3,6 +3,7 @@
 Whole numbers have one result in any order of summation.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -13,7 +14,7 @@ from test_filtered import AXES, MACHINE, plan_of
 from test_lowerings import UNIT, check_cells, told
 from test_relation import LAYOUTS, ONE, operands, run
 
-from gemmconv.lowerings import base, mec, products
+from gemmconv.lowerings import base, mec, mec_gradient, products
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -27,6 +28,7 @@ GROUPS = [(1, 3, 2), (2, 3, 4), (4, 4, 4), (3, 1, 2), (6, 2, 1), (8, 1, 1), (2, 
 def _small(request, monkeypatch):
     """Set the largest product that BLAS is said not to pack: lines are in several tiles, or in one."""
     monkeypatch.setattr(mec, "small_products", lambda: request.param)
+    monkeypatch.setattr(mec_gradient, "_RESULTS", request.param // 100)
     monkeypatch.setattr(products, "small_products", lambda: request.param)
     products.tile.cache_clear()
     yield
@@ -76,6 +78,66 @@ def test_random_choices_give_the_oracles_bits(operation, layout, dtype):
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
     assert all(len(found) == 2 for name, found in seen.items() if name != "tiles"), seen
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "complex64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_have_the_oracles_bits(layout, dtype):
+    """Random problems, some of their schedules each; those of several batch entries, blocks and pieces among them."""
+    rng = np.random.default_rng([8, *map(ord, layout + dtype)])
+    seen = {name: set() for name in ("taken", "split", "together", "blocks", "pieces")}
+    for _ in range(12):
+        problem = drawn_problem(rng, "conv3d_backprop_filter", dtype, layout)
+        first, second, _ = operands(rng, problem, largest=1 if problem.dtype.itemsize == 2 else 5, biased=False)
+        want = rounded(relation.result(problem, first, second), dtype)
+        found = mec_gradient.schedules(problem)
+        for schedule in [found[i] for i in rng.permutation(len(found))[:3]]:
+            seen["taken"].add(schedule.of.taken)
+            seen["split"].add(schedule.of.split)
+            seen["together"].add(schedule.own_groups > 1)
+            seen["blocks"].add(schedule.of.count > problem.batch)
+            seen["pieces"].add(schedule.pieces(schedule.of.deep) > 1)
+            with told(problem, schedule):
+                assert same_bits(run(plan_of(problem, schedule), first, second), want)
+    assert all(len(found) == 2 for name, found in seen.items() if name != "pieces"), seen
+
+
+def test_gradients_of_groups_are_parts():
+    """Single groups from windows of both operands have the bits of the whole; more workers change none."""
+    rng = np.random.default_rng(9)
+    looked_at = 0
+    for _ in range(12):
+        problem = drawn_problem(rng, "conv3d_backprop_filter", several=True)
+        found = mec_gradient.schedules(problem)
+        schedule = found[rng.integers(len(found))]
+        plan = plan_of(problem, schedule)
+        first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
+        whole = plan(first, second)
+        assert same_bits(plan_of(problem, schedule, workers=1)(first, second), whole)
+        each = schedule.problem.cin
+        for group in range(schedule.problem.groups):
+            part = plan.part([(0, size) for size in plan.output_shape[:4]] + [(group * each, (group + 1) * each)])
+            with told(problem, schedule, group):
+                assert part.on_blocks
+                assert same_bits(part(first[part.windows[0]], second[part.windows[1]]), whole[part.box])
+                looked_at += schedule.problem.groups > 1
+    assert looked_at > 5
+
+
+def test_gradients_of_what_is_not_finite():
+    """Zeros between lines would spread it, so another lowering does it."""
+    rng = np.random.default_rng(10)
+    for _ in range(12):
+        problem = drawn_problem(rng, "conv3d_backprop_filter", several=True)
+        found = mec_gradient.schedules(problem)
+        plan = plan_of(problem, found[rng.integers(len(found))])
+        for bad in (np.inf, np.nan):
+            first, second, _ = operands(rng, problem, largest=2, biased=False)
+            array = (first, second)[rng.integers(2)]
+            array[tuple(rng.integers(array.shape))] = bad
+            with told(problem, plan.schedule, bad), np.errstate(all="raise"):
+                check_cells(run(plan, first, second), rounded(relation.result(problem, first, second), "float32"))
 
 
 def test_tiles_are_what_blas_does_not_pack(monkeypatch):
@@ -214,7 +276,9 @@ def test_tiny_groups_are_done_by_it(layout):
     problem = Problem("conv3d_transpose", 1, 4, 4, three, np.dtype(np.float32), layout, 32)
     plan = make_plan.__wrapped__(problem, Machine(2, 1 << 20, 1 << 25), "auto", 2)
     assert set(dict(plan.estimates)) == {"col2im", "kn2row", "winograd", "mec", "depthwise"}
+    gradient = dataclasses.replace(problem, operation="conv3d_backprop_filter")
     if products.unpacked(problem):
         assert plan.algorithm == "mec"
+        assert make_plan.__wrapped__(gradient, MACHINE, "auto", 2).algorithm == "mec"
     single = Problem("conv3d_transpose", 1, 4, 4, (ONE, *three[1:]), np.dtype(np.float32), layout)
     assert "mec" not in dict(make_plan.__wrapped__(single, MACHINE, "auto", 2).estimates)

@@ -14,6 +14,7 @@ from gemmconv.lowerings import (
     im2col,
     kn2row,
     mec,
+    mec_gradient,
     winograd,
     winograd_conv,
 )
@@ -37,7 +38,11 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
         "mec": mec.schedule,
         "depthwise": depthwise.schedule,
     },
-    "conv3d_backprop_filter": {"im2col": gradient.schedule, "kn2row": correlate.schedule},
+    "conv3d_backprop_filter": {
+        "im2col": gradient.schedule,
+        "kn2row": correlate.schedule,
+        "mec": mec_gradient.schedule,
+    },
 }
 # Those for groups, which they do by their own filters: without groups they are not weighed, nor told of.
 OF_GROUPS = {"mec", "depthwise"}

@@ -103,10 +103,15 @@ def unpacked_s(m: float, n: float, k: float, parts: int = 0) -> float:
     return (2 + parts) * _STEP_S + parts * m * n * 3 * _VALUE_S + 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
 
 
-def lines_s(m: float, n: float, k: float) -> float:
-    """Return the time of a product of m lines and n lines of a filter, as they lie, in one step."""
+def lines_s(m: float, n: float, k: float, *, steps: int = 1) -> float:
+    """Return the time of a product of m lines and n lines of a filter, as they lie."""
     products = (m + _LINES_HALF_MN) * (n + _LINES_HALF_MN) * (k + _LINES_HALF_K)
-    return _STEP_S + n * k * _READ_VALUE_S + 2 * products / _LINES_FLOPS_PER_S
+    return steps * _STEP_S + n * k * _READ_VALUE_S + 2 * products / _LINES_FLOPS_PER_S
+
+
+def packed_lines_s(values: float) -> float:
+    """Return what it costs more to form products of so many values of lines if BLAS packs them."""
+    return values * _PACKED_POSITION_S
 
 
 def few_channels_s(products: float, m: float, n: float, k: float, *, packed: bool) -> float:

@@ -50,7 +50,7 @@ _POSITIONS = (256, 1024)
 # Positions of a product: a multiple of BLAS' vectors, at most.
 _VECTOR, _MOST = 16, 512
 # Values of a line that are turned in one inner loop, at most, as the cost model sees it.
-_FEW = 8
+FEW = 8
 # Of the L2 cache: workspace, and a result, that count as in cache.
 _L2_SHARE = 1.5
 _RESULT_SHARE = 2.0
@@ -338,14 +338,9 @@ class Mec:
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
         sizes = self.sizes(*(max(1, round(cut.size / len(cut))) for cut in self.cuts))
-        grid, columns, sums = map(math.prod, self.shapes(sizes))
-        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
-        (taken, given), last = self.channels, self.along[2]
-        steps = self.steps
-        total = copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps, spilled=spilled)
-        box, phases = self.box_values(sizes), math.prod(self.phases)
-        total += self._lines_s(box or grid, min(_FEW, last.given), last.given, taken, apart=False)
-        total += copy_s(grid, last.given, steps=phases, strided=self.phases[2] > 1, spilled=spilled) if box else 0.0
+        _, _, sums = map(math.prod, self.shapes(sizes))
+        (_, given), last = self.channels, self.along[2]
+        total = self.filled_s(sizes, machine)
         # Where positions of a result that leaves the cache are not stored beside each other.
         result = math.prod(self.problem.fine_shape) * self.problem.dtype.itemsize
         apart = last.axis.stride > 1 and not last.gathers and result > machine.l2_bytes * _RESULT_SHARE
@@ -357,10 +352,22 @@ class Mec:
         slots = len(self.pairs) * len(self.along[0].runs)
         stored = lines * sizes.behind * last.count * given
         run = given if given > 1 else self.own_groups
-        store_s = self._lines_s(stored, run, last.count, given, apart=apart)
+        store_s = self.lines_s(stored, run, last.count, given, apart=apart)
         return self.count * (total + slots * store_s)
 
-    def _lines_s(self, values: float, run: int, line: int, channels: int, *, apart: bool) -> float:
+    def filled_s(self, sizes: Sizes, machine: Machine) -> float:
+        """Return the time to fill a block's grid and columns."""
+        grid, columns, _ = map(math.prod, self.shapes(sizes))
+        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
+        last, steps = self.along[2], self.steps
+        total = copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps, spilled=spilled)
+        box, phases = self.box_values(sizes), math.prod(self.phases)
+        total += self.lines_s(box or grid, min(FEW, last.given), last.given, self.channels[0])
+        return total + (
+            copy_s(grid, last.given, steps=phases, strided=self.phases[2] > 1, spilled=spilled) if box else 0
+        )
+
+    def lines_s(self, values: float, run: int, line: int, channels: int, *, apart: bool = False) -> float:
         """Return the time to copy lines to the grid or from the sums; `apart` says that they are of every other."""
         if self.problem.layout == "NDHWC":
             return turned_s(values, run, self.own_groups * channels, apart=apart)
@@ -379,8 +386,8 @@ class Mec:
         batch, cut = located(index, self.cuts)
         spans = [*cut, (0, self.along[2].count)]
         block = blocks.of(self.sizes(*(stop - start for start, stop in cut)))
-        self._fill(block, operands.value, batch, spans)
-        output = self._seen(operands.output, of_result=True)[batch]
+        self.fill(block, operands.value, batch, spans)
+        output = self.seen(operands.output, of_result=True)[batch]
         start = operands.start((0, self.own_groups * self.channels[1]))
         if any(unreached(along.axis, along.of_axis) for along in self.along if not along.gathers):
             output[*(slice(*along.span(q)) for along, q in zip(self.along, spans, strict=True))] = start
@@ -412,7 +419,7 @@ class Mec:
                 if clock:
                     clock("store")
 
-    def _seen(self, array: Array, *, of_result: bool = False) -> Array:
+    def seen(self, array: Array, *, of_result: bool = False) -> Array:
         """View an array as [batch, free axis, next, last, channel]."""
         problem, coarse = self.problem, self.along[0].gathers == of_result
         axes = canonical(problem.axes)
@@ -420,12 +427,12 @@ class Mec:
         seen = five(problem.layout, array, problem.batch, sizes, problem.cin if coarse else problem.cout)
         return seen.transpose(0, *(1 + i for i in self.taken), 4)
 
-    def _fill(self, block: Block, value: Array, batch: int, spans: Sequence[Range]) -> None:
+    def fill(self, block: Block, value: Array, batch: int, spans: Sequence[Range]) -> None:
         """Copy the lines that a block needs to its grid, with zeros around them.
 
         Several phases are copied from a box that is turned as a whole.
         """
-        value = self._seen(value)[batch]
+        value = self.seen(value)[batch]
         value = value.reshape(*value.shape[:3], self.own_groups, self.channels[0])
         block.grid[...] = 0
         offsets = product(*(along.offsets for along in (*self.along[1:], self.along[0])))
