@@ -28,6 +28,7 @@ GROUPS = [(1, 3, 2), (2, 3, 4), (4, 4, 4), (3, 1, 2), (6, 2, 1), (8, 1, 1), (2, 
 def _small(request, monkeypatch):
     """Set the largest product that BLAS is said not to pack: lines are in several tiles, or in one."""
     monkeypatch.setattr(mec, "small_products", lambda: request.param)
+    monkeypatch.setattr(mec, "_POSITIONS", (4, 256))  # blocks of one line in which some slots are, and others are not
     monkeypatch.setattr(mec_gradient, "_RESULTS", request.param // 100)
     monkeypatch.setattr(products, "small_products", lambda: request.param)
     products.tile.cache_clear()
@@ -101,6 +102,30 @@ def test_gradients_have_the_oracles_bits(layout, dtype):
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second), want)
     assert all(len(found) == 2 for name, found in seen.items() if name != "pieces"), seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_taps_that_meet_nothing(layout):
+    """Are 0 in a gradient, whatever was in the memory, and give zeros or the bias in results."""
+    rng = np.random.default_rng(11)
+    axes = Axis(3, 4, 5, 1, 3, 1), Axis(4, 4, 3, 1, 1, 1), Axis(3, 3, 4, 2, 2, -1)
+    for operation in (*TWO, "conv3d_backprop_filter"):
+        problem = Problem(operation, 1, 2, 3, axes, np.dtype(np.float32), layout, 4)
+        first, second, bias = operands(rng, problem, biased=operation in TWO)
+        want = rounded(relation.result(problem, first, second, bias), "float32")
+        found = mec.candidates(problem) if operation in TWO else mec_gradient.schedules(problem)
+        for schedule in found[::9]:
+            out = np.full(want.shape, 77, np.float32)
+            plan = plan_of(problem, schedule)
+            assert same_bits(plan.execute("asked", first, second, out, bias=bias), want)
+
+
+def test_single_channels_are_no_vectors():
+    """NumPy would form products of a vector otherwise, with bits that depend on the steps between its values."""
+    problem = Problem("conv3d", 1, 1, 1, (AXES[0], AXES[1], AXES[2]), np.dtype(np.float32), "NDHWC", 6)
+    assert {schedule.rows for schedule in mec.candidates(problem)} == {2}
+    gradient = dataclasses.replace(problem, operation="conv3d_backprop_filter")
+    assert {schedule.of.rows for schedule in mec_gradient.schedules(gradient)} == {2}
 
 
 def test_gradients_of_groups_are_parts():
