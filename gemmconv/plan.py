@@ -89,7 +89,8 @@ class Plan:
             return "no product to form: the result is empty, or holds no sums"
         why = "asked for by name" if self.requested == self.algorithm else "estimated to be the fastest"
         together = self.problem.groups // self.schedule.problem.groups
-        groups = f", {together} groups as one" if together > 1 else ""
+        how = "as one" if running.adds_groups(self.schedule, self.problem) else "together"
+        groups = f", {together} groups {how}" if together > 1 else ""
         return f"{self.algorithm}, {why}: {self.schedule.reason}{groups}"
 
     @property

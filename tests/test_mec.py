@@ -14,7 +14,7 @@ from test_filtered import AXES, MACHINE, plan_of
 from test_lowerings import UNIT, check_cells, told
 from test_relation import LAYOUTS, ONE, operands, run
 
-from gemmconv.lowerings import base, mec, mec_gradient, products
+from gemmconv.lowerings import CannotLowerError, base, mec, mec_gradient, products
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -128,6 +128,19 @@ def test_single_channels_are_no_vectors():
     assert {schedule.of.rows for schedule in mec_gradient.schedules(gradient)} == {2}
 
 
+def test_what_is_not_weighed():
+    """More phases than 64; pieces of a gradient of more channels than a product that is not packed has results."""
+    many = Problem("conv3d_transpose", 1, 2, 2, (ONE, Axis(3, 27, 9, 9, 1, 0), Axis(3, 27, 9, 9, 1, 0)),
+                   np.dtype(np.float32), "NDHWC", 4)  # fmt: skip
+    with pytest.raises(CannotLowerError, match="its result has more than 64 phases; 'col2im' and 'auto' can"):
+        mec.schedule(many, MACHINE)
+    wide = Problem("conv3d_backprop_filter", 1, 1040, 4, (ONE, AXES[0], AXES[0]), np.dtype(np.float32), "NDHWC", 2)
+    (one, *_) = mec_gradient.schedules(wide)
+    assert [one.pieces(k) for k in (1, 36, 521)] == [1, 1, 1]
+    first, second, _ = operands(np.random.default_rng(12), wide, biased=False)
+    assert same_bits(run(plan_of(wide, one), first, second), rounded(relation.result(wide, first, second), "float32"))
+
+
 def test_gradients_of_groups_are_parts():
     """Single groups from windows of both operands have the bits of the whole; more workers change none."""
     rng = np.random.default_rng(9)
@@ -223,13 +236,39 @@ def test_blocks_write_what_their_digits_say(operation, layout):
             assert (written == 1).all()
 
 
+class Watched:
+    """NumPy, with copies from an array whose memory is watched: none may begin in it and end elsewhere."""
+
+    def __init__(self):
+        self.memory = None
+        self.within = 0
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def copyto(self, to, source, **extra):
+        if self.memory is not None and isinstance(source, np.ndarray) and source.size:
+            (low, high), (start, stop) = (np.lib.array_utils.byte_bounds(array) for array in (self.memory, source))
+            if start < high and low < stop:
+                assert low <= start
+                assert stop <= high
+                self.within += 1
+        np.copyto(to, source, **extra)
+
+
 @pytest.mark.parametrize("operation", TWO)
-def test_blocks_as_parts(operation):
-    """The bits of the whole from windows that hold all that is read."""
+def test_blocks_as_parts(operation, monkeypatch):
+    """The bits of the whole from windows that hold all that is read, behind paddings of several strides too."""
+    watched = Watched()
+    monkeypatch.setattr(mec, "np", watched)
     rng = np.random.default_rng([6, *map(ord, operation)])
     looked_at = 0
     while looked_at < 40:
         problem = drawn_problem(rng, operation, several=True)
+        if rng.integers(2):
+            axes = list(problem.axes)
+            axes[rng.integers(3)] = Axis(7, 14, 9, 2, 1, 4)
+            problem = dataclasses.replace(problem, axes=tuple(axes))
         for schedule in several_of(rng, problem, 2):
             plan = plan_of(problem, schedule)
             along = (0, *(1 + i for i in base.order(problem.axes)), 4)
@@ -247,7 +286,10 @@ def test_blocks_as_parts(operation):
                 part = plan.part(box)
                 with told(problem, schedule, index):
                     assert part.on_blocks
-                    assert same_bits(part(first[part.windows[0]], second[part.windows[1]]), whole[part.box])
+                    watched.memory = first[part.windows[0]].copy()
+                    assert same_bits(part(watched.memory, second[part.windows[1]]), whole[part.box])
+                    watched.memory = None
+    assert watched.within >= looked_at
 
 
 @pytest.mark.parametrize("operation", TWO)

@@ -638,7 +638,8 @@ def test_workers_do_not_change_bits(operation, case, layout):
     for name, plan in plans(problem, 1).items():
         with told(name, problem):
             y = run(plan, first, second, bias)
-            assert plan.blocks > 1
+            # All positions of a group are one block of mec's gradients.
+            assert plan.blocks > 1 or (name == "mec" and operation == OPERATIONS[2] and groups == 1)
             for workers in (1, 2, 3):
                 extra = {"bias": bias, "algorithm": name, "workers": workers}
                 assert same_bits(calls.compute("asked", problem, first, second, **extra), y)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ _PARTS = (1, 2, 4, 8, 16, 32, 64)
 _POSITIONS = (256, 1024)
 # Positions of a product: a multiple of BLAS' vectors, at most.
 _VECTOR, _MOST = 16, 512
+# Phases of a transposed convolution: of more each is small, and planning them takes longer than they do.
+_MOST_PHASES = 64
 # Values of a line that are turned in one inner loop, at most, as the cost model sees it.
 FEW = 8
 # Of the L2 cache: workspace, and a result, that count as in cache.
@@ -173,6 +175,31 @@ class Sizes(NamedTuple):
     row: int
 
 
+@lru_cache(maxsize=128)
+def _pairs(along: tuple[Along, Along, Along], groups: int, rows: int, channels: int, split: bool) -> list[Pair]:
+    """Return what every block of such a schedule does, whatever its size."""
+    found, at = [], 0
+    free, behind, last = along
+    for c, b in product(range(len(last.taps)), range(len(behind.taps))):
+        of_b, of_c = behind.taps[b], last.taps[c]
+        # With taps apart, slots of the next axis have the same columns.
+        copies = [(phase, 0, start) for phase, start, _ in of_c]
+        starts = [(start, [tap]) for _, start, tap in of_b]
+        if not split:
+            copies = [(i * len(last.offsets) + j, m, n) for (i, m, _), (j, n, _) in product(of_b, of_c)]
+            starts = [(0, [tap for _, _, tap in of_b])] * (len(of_b) > 0)
+        products: list[list[Product]] = []
+        for runs in free.runs:
+            products.append([])
+            for run, (start, taps) in product(runs, starts) if copies else []:
+                shape = groups, rows, len(run.taps) * len(copies) * channels
+                weights = slice(at, at + math.prod(shape))
+                products[-1].append(Product(run, start, (taps, [tap for _, _, tap in of_c]), weights, shape))
+                at = weights.stop
+        found.append(Pair((b, c), copies, products))
+    return found
+
+
 @dataclass(frozen=True)
 class Mec:
     """A schedule; see the module. `problem` has `own_groups` of the one that was asked as one, by their own filters."""
@@ -215,26 +242,7 @@ class Mec:
     @cached_property
     def pairs(self) -> list[Pair]:
         """What every block does."""
-        found, at = [], 0
-        free, behind, last = self.along
-        for c, b in product(range(len(last.taps)), range(len(behind.taps))):
-            of_b, of_c = behind.taps[b], last.taps[c]
-            # With taps apart, slots of the next axis have the same columns.
-            copies = [(phase, 0, start) for phase, start, _ in of_c]
-            starts = [(start, [tap]) for _, start, tap in of_b]
-            if not self.split:
-                copies = [(i * len(last.offsets) + j, m, n) for (i, m, _), (j, n, _) in product(of_b, of_c)]
-                starts = [(0, [tap for _, _, tap in of_b])] * (len(of_b) > 0)
-            products: list[list[Product]] = []
-            for runs in free.runs:
-                products.append([])
-                for run, (start, taps) in product(runs, starts) if copies else []:
-                    shape = self.own_groups, self.rows, len(run.taps) * len(copies) * self.channels[0]
-                    weights = slice(at, at + math.prod(shape))
-                    products[-1].append(Product(run, start, (taps, [tap for _, _, tap in of_c]), weights, shape))
-                    at = weights.stop
-            found.append(Pair((b, c), copies, products))
-        return found
+        return _pairs(self.along, self.own_groups, self.rows, self.channels[0], self.split)
 
     @property
     def steps(self) -> int:
@@ -376,8 +384,8 @@ class Mec:
     @property
     def reason(self) -> str:
         row = self.sizes(*(cut.longest for cut in self.cuts)).row
-        groups = f" in {self.own_groups} groups" if self.own_groups > 1 else ""
-        return f"small products of {self.deep} taps and channels with {min(self.tile, row)} positions{groups}"
+        small = "small products" if self.largest_product == LARGEST else "products"
+        return f"{small} of {self.deep} taps and channels with {min(self.tile, row)} positions"
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
@@ -447,8 +455,9 @@ class Mec:
                 np.copyto(cells, value[source], casting="unsafe")
             return
         first = [min(source[i].start for _, source in copies) for i in range(3)]
-        # Their ends are a stride behind their last position, which may be beyond the operand and the box.
-        given = value[tuple(slice(start, start + size) for start, size in zip(first, block.box.shape, strict=False))]
+        # Not a position more than is used: of a part there is no memory behind it.
+        last = [max(range(s[i].start, s[i].stop, s[i].step)[-1] + 1 for _, s in copies) for i in range(3)]
+        given = value[tuple(map(slice, first, last))]
         box = block.box[tuple(map(slice, given.shape[:3]))]
         np.copyto(box, given, casting="unsafe")
         for cells, source in copies:
@@ -544,9 +553,11 @@ def _as_slice(taps: Sequence[int]) -> slice | Sequence[int]:
 
 
 def candidates(problem: Problem) -> list[Mec]:
-    """Return the schedules that are weighed: every order of the axes, groups done together, cuts of the free axis."""
+    """Return the schedules that are weighed, for each free axis and number of groups together; none for many phases."""
     gathers = problem.operation == "conv3d"
     axes = [Along(axis, slots(axis, tiled=False), gathers) for axis in canonical(problem.axes)]
+    if math.prod(len(along.taps) for along in axes) > _MOST_PHASES:
+        return []
 
     def made(together: int, taken: tuple[int, int, int], parts: int, positions: int) -> Iterator[Mec]:
         channels = together * problem.cin, together * problem.cout
@@ -564,11 +575,12 @@ def candidates(problem: Problem) -> list[Mec]:
 
 def schedule(problem: Problem, machine: Machine) -> Mec:
     """Choose a schedule for a problem by cost, or raise CannotLowerError where its blocks are too large."""
-    found = best(candidates(problem), machine)
+    others = "'im2col' and 'auto' can" if problem.operation == "conv3d" else "'col2im' and 'auto' can"
+    text = f"{problem.operation}: algorithm='mec' cannot do this problem:"
+    every = candidates(problem)
+    if not every:
+        raise CannotLowerError(f"{text} its result has more than {_MOST_PHASES} phases; {others}")
+    found = best(every, machine)
     if found.workspace_bytes > (most := most_workspace_bytes(machine)):
-        others = "'im2col' and 'auto' can" if problem.operation == "conv3d" else "'col2im' and 'auto' can"
-        raise CannotLowerError(
-            f"{problem.operation}: algorithm='mec' cannot do this problem: its blocks take "
-            f"{found.workspace_bytes} bytes, more than {most}; {others}"
-        )
+        raise CannotLowerError(f"{text} its blocks take {found.workspace_bytes} bytes, more than {most}; {others}")
     return found

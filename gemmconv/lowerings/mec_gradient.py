@@ -27,6 +27,8 @@ from gemmconv.problem import Problem
 
 # Results of a product of lines that BLAS does not pack.
 _RESULTS = 1024
+# Columns below which products are not cut.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class MecGradient:
         return [one for pair in self.of.pairs for of_slot in pair.products for one in of_slot]
 
     def pieces(self, k: int) -> int:
-        """Return into how many products of equal size the columns of one are cut."""
+        """Return into how many products of equal size the columns of one are cut; 1 where BLAS packs them."""
         if not unpacked(self.problem):
             return 1
         fewest = -(-k * self.of.rows // _RESULTS)
-        return next(n for n in range(fewest, k + 1) if k % n == 0)
+        return next((n for n in range(fewest, k // _FEWEST + 1) if k % n == 0), 1)
 
     @property
     def largest_product(self) -> int:
@@ -105,8 +107,7 @@ class MecGradient:
 
     @property
     def reason(self) -> str:
-        groups = f" in {self.own_groups} groups" if self.own_groups > 1 else ""
-        return f"products of lines of columns of {self.of.deep} taps and channels{groups}"
+        return f"products of lines of columns of {self.of.deep} taps and channels"
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
