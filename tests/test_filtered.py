@@ -95,42 +95,54 @@ def _buffer():
     np.setbufsize(size)
 
 
+def check_blocks(rng, problem, schedule):
+    """Check that blocks write what their digits say: each cell once, all of a block's cells, and no other.
+
+    Their memory holds NaN before, and they add a bias if it is drawn.
+    """
+    shapes = relation.shapes(problem)
+    along = base.order(problem.axes)
+    steps = tuple(
+        base.steps_of(problem.layout, role == "filter", shape, along)
+        for role, shape in zip(problem.roles, shapes, strict=True)
+    )
+    last = problem.layout == "NDHWC"
+    axes = (0, *(2 - last + i for i in along), 4 if last else 1)
+    first, second = (integers(rng, shape, "float32") for shape in shapes[:2])
+    bias = np.arange(1, 1 + shapes[2][axes[4]], dtype=np.float32) if rng.integers(2) else None
+    packed, output = np.full(schedule.packed_values, np.nan, np.float32), np.empty(shapes[2], np.float32)
+    schedule.pack(second, packed)
+    assert not np.isnan(packed).any()
+    workspace = Workspace(schedule.workspace_bytes, problem.compute_dtype)
+    workspace._memory.view(np.float32)[...] = np.nan
+    written = np.zeros(shapes[2], int)
+    for index, values in enumerate(itertools.product(*schedule.digits)):
+        output[...] = np.nan
+        schedule.run(index, Operands(first, second, output, packed, steps, bias), workspace)
+        box = [slice(None)] * 5
+        for axis, (start, stop) in itertools.chain(*values):
+            box[axes[axis]] = slice(start, stop)
+        here = ~np.isnan(output)
+        with told(problem, schedule, index):
+            assert here[tuple(box)].all()
+            assert here.sum() == here[tuple(box)].sum()
+        written += here
+    assert (written == 1).all()
+
+
 @pytest.mark.usefixtures("_buffer")
 @pytest.mark.parametrize("operation", MODULES)
 def test_blocks_write_what_their_digits_say(operation):
-    """Each cell once, all of a block's cells, and no other."""
+    """Some of random problems with several blocks."""
     rng = np.random.default_rng([2, *map(ord, operation)])
     looked_at = 0
     while looked_at < 12:
         problem = drawn_problem(rng, operation)
         found = MODULES[operation].candidates(problem, MACHINE)
-        if not found:
-            continue
-        schedule = found[rng.integers(len(found))]
-        looked_at += schedule.count > 1
-        shapes = relation.shapes(problem)
-        steps = tuple(
-            base.steps_of(problem.layout, role == "filter", shape, base.order(problem.axes))
-            for role, shape in zip(problem.roles, shapes, strict=True)
-        )
-        first, second = (integers(rng, shape, "float32") for shape in shapes[:2])
-        packed, output = np.empty(schedule.packed_values, np.float32), np.full(shapes[2], np.nan, np.float32)
-        schedule.pack(second, packed)
-        workspace = Workspace(schedule.workspace_bytes, problem.compute_dtype)
-        written = np.zeros(shapes[2], int)
-        along = (0, *(1 + i for i in base.order(problem.axes)), 4)
-        for index, values in enumerate(itertools.product(*schedule.digits)):
-            output[...] = np.nan
-            schedule.run(index, Operands(first, second, output, packed, steps), workspace)
-            box = [slice(None)] * 5
-            for axis, (start, stop) in itertools.chain(*values):
-                box[along[axis]] = slice(start, stop)
-            here = ~np.isnan(output)
-            with told(problem, schedule, index):
-                assert here[tuple(box)].all()
-                assert here.sum() == here[tuple(box)].sum()
-            written += here
-        assert (written == 1).all()
+        if found:
+            schedule = found[rng.integers(len(found))]
+            looked_at += schedule.count > 1
+            check_blocks(rng, problem, schedule)
 
 
 @pytest.mark.parametrize("operation", MODULES)

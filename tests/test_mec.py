@@ -9,13 +9,12 @@ import itertools
 import numpy as np
 import pytest
 import relation
-from oracle import integers, rounded, same_bits
-from test_filtered import AXES, MACHINE, plan_of
+from oracle import rounded, same_bits
+from test_filtered import AXES, MACHINE, _buffer, check_blocks, plan_of  # noqa: F401  one is a fixture
 from test_lowerings import UNIT, check_cells, told
 from test_relation import LAYOUTS, ONE, operands, run
 
 from gemmconv.lowerings import CannotLowerError, base, mec, mec_gradient, products
-from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
 from gemmconv.problem import Axis, Problem
@@ -34,14 +33,6 @@ def _small(request, monkeypatch):
     products.tile.cache_clear()
     yield
     products.tile.cache_clear()
-
-
-@pytest.fixture
-def _buffer():
-    """Set NumPy's buffer back: blocks that are run without a pool set it in this thread."""
-    size = np.getbufsize()
-    yield
-    np.setbufsize(size)
 
 
 def drawn_problem(rng, operation, dtype="float32", layout="NDHWC", several=False):
@@ -198,7 +189,7 @@ def test_tiles_are_what_blas_does_not_pack(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operation", TWO)
 def test_blocks_write_what_their_digits_say(operation, layout):
-    """Each cell once, all of a block's cells, and no other; with a bias where no tap reaches."""
+    """Those of random problems that do all groups at once, with several blocks."""
     rng = np.random.default_rng([2, *map(ord, operation + layout)])
     looked_at = 0
     while looked_at < 14:
@@ -206,34 +197,7 @@ def test_blocks_write_what_their_digits_say(operation, layout):
         schedules = [s for s in several_of(rng, problem, 40) if s.own_groups == problem.groups and s.count > 1]
         for schedule in schedules[:2]:
             looked_at += 1
-            shapes = relation.shapes(problem)
-            first, second = (integers(rng, shape, "float32") for shape in shapes[:2])
-            packed, output = np.full(schedule.packed_values, np.nan, np.float32), np.empty(shapes[2], np.float32)
-            schedule.pack(second, packed)
-            assert not np.isnan(packed).any()
-            workspace = Workspace(schedule.workspace_bytes, problem.compute_dtype)
-            workspace._memory.view(np.float32)[...] = np.nan
-            written = np.zeros(shapes[2], int)
-            along = (0, *(1 + i for i in base.order(problem.axes)), 4)
-            if layout == "NCDHW":
-                along = (0, *(2 + i for i in base.order(problem.axes)), 1)
-            steps = tuple(
-                base.steps_of(layout, role == "filter", shape, base.order(problem.axes))
-                for role, shape in zip(problem.roles, shapes, strict=True)
-            )
-            bias = np.arange(1, 1 + shapes[2][along[4]], dtype=np.float32) if rng.integers(2) else None
-            for index, values in enumerate(itertools.product(*schedule.digits)):
-                output[...] = np.nan
-                schedule.run(index, Operands(first, second, output, packed, steps, bias), workspace)
-                box = [slice(None)] * 5
-                for axis, (start, stop) in itertools.chain(*values):
-                    box[along[axis]] = slice(start, stop)
-                here = ~np.isnan(output)
-                with told(problem, schedule, index):
-                    assert here[tuple(box)].all()
-                    assert here.sum() == here[tuple(box)].sum()
-                written += here
-            assert (written == 1).all()
+            check_blocks(rng, problem, schedule)
 
 
 class Watched:

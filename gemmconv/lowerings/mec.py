@@ -37,10 +37,10 @@ from gemmconv.lowerings.cost import (
     pass_s,
     turned_s,
 )
-from gemmconv.lowerings.phases import Slots, met, places, slots, unreached
+from gemmconv.lowerings.phases import Along, Run, slots, unreached
 from gemmconv.lowerings.products import LARGEST, unpacked
 from gemmconv.machine import Machine
-from gemmconv.problem import Axis, Problem
+from gemmconv.problem import Problem
 
 # How the axes may be taken: the free one, in which blocks are cut first, and the two behind it, lines along the last.
 _ORDERS = ((0, 1, 2), (1, 0, 2))
@@ -56,91 +56,6 @@ FEW = 8
 # Of the L2 cache: workspace, and a result, that count as in cache.
 _L2_SHARE = 1.5
 _RESULT_SHARE = 2.0
-
-
-class Run(NamedTuple):
-    """Taps of the free axis that read lines next to each other: their phase, the first line, and which they are."""
-
-    phase: int
-    start: int
-    taps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Along:
-    """An axis as it is read and written."""
-
-    axis: Axis
-    of_axis: Slots
-    gathers: bool
-
-    @property
-    def count(self) -> int:
-        """Positions of a slot."""
-        return self.axis.coarse if self.gathers else self.of_axis.count
-
-    @cached_property
-    def shifts(self) -> Range:
-        """The smallest and the largest shift."""
-        return self.of_axis.shifts
-
-    @cached_property
-    def reach(self) -> int:
-        """How many more positions the grid has."""
-        return self.of_axis.reach
-
-    @property
-    def given(self) -> int:
-        """Positions of the operand."""
-        return self.axis.fine if self.gathers else self.axis.coarse
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where the phases of the grid lie in the operand."""
-        return self.of_axis.offsets or (0,) if self.gathers else (0,)
-
-    @cached_property
-    def taps(self) -> list[list[tuple[int, int, int]]]:
-        """Of each slot its taps: the phase of the grid that each reads, from where, and which it is."""
-        low, high = self.shifts
-        found: list[list[tuple[int, int, int]]] = [[] for _ in ((0,) if self.gathers else self.of_axis.offsets)]
-        for move in self.of_axis.moves:
-            for i in range(move.many):
-                if self.gathers:
-                    found[0].append((move.slot + i, move.shift - low, move.tap + i))
-                else:
-                    found[move.slot + i].append((0, high - move.shift, move.tap + i))
-        return [sorted(of_slot) for of_slot in found]
-
-    @cached_property
-    def runs(self) -> list[list[Run]]:
-        """Of each slot its taps in runs."""
-        found = []
-        for of_slot in self.taps:
-            runs: list[Run] = []
-            for phase, start, tap in of_slot:
-                last = runs[-1] if runs else None
-                if last and (phase, start) == (last.phase, last.start + len(last.taps)):
-                    runs[-1] = Run(phase, last.start, (*last.taps, tap))
-                else:
-                    runs.append(Run(phase, start, (tap,)))
-            found.append(runs)
-        return found
-
-    def met(self, offset: int, q: int, size: int) -> tuple[slice, slice]:
-        """Return which of `size` positions of the grid of a block that begins at q hold values, and where those are."""
-        first = q + self.shifts[0] if self.gathers else q - self.shifts[1]
-        return met(self.axis, offset, first, size, self.gathers)
-
-    def places(self, q: Range) -> dict[int, tuple[slice, slice]]:
-        """Return of each slot in the result which positions of a block are, and where."""
-        if self.gathers:
-            return {0: (slice(0, q[1] - q[0]), slice(*q))}
-        return {place.slot: (place.q, place.fine) for place in places(self.axis, self.of_axis, q)}
-
-    def span(self, q: Range) -> Range:
-        """Return what a block covers of the result."""
-        return q if self.gathers else self.of_axis.span(self.axis, q)
 
 
 class Product(NamedTuple):
@@ -255,7 +170,8 @@ class Mec:
         return max((len(pair.copies) for pair in self.pairs), default=0)
 
     @cached_property
-    def _products(self) -> list[Product]:
+    def products(self) -> list[Product]:
+        """All products of a block."""
         return [one for pair in self.pairs for of_slot in pair.products for one in of_slot]
 
     @cached_property
@@ -266,7 +182,7 @@ class Mec:
     @cached_property
     def deep(self) -> int:
         """The largest k of a product."""
-        return max((one.shape[2] for one in self._products), default=0)
+        return max((one.shape[2] for one in self.products), default=0)
 
     @cached_property
     def tile(self) -> int:
@@ -328,7 +244,7 @@ class Mec:
 
     @property
     def packed_values(self) -> int:
-        return sum(math.prod(one.shape) for one in self._products)
+        return sum(math.prod(one.shape) for one in self.products)
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Lay the taps of each product out as [group, channel of the result, tap, channel]."""
@@ -338,7 +254,7 @@ class Mec:
         weights = weights.transpose(4, *((5, *axes, 3) if self.along[0].gathers else (3, *axes, 5)))
         if self.channels[1] < self.rows:
             weights = np.broadcast_to(weights, (self.own_groups, self.rows, *weights.shape[2:]))
-        for one in self._products:
+        for one in self.products:
             a, b, c = (_as_slice(taps) for taps in (one.run.taps, *one.taps))
             taps = weights[:, :, a][:, :, :, b][:, :, :, :, c]
             copy(packed[one.weights].reshape(taps.shape), taps)
@@ -353,10 +269,10 @@ class Mec:
         result = math.prod(self.problem.fine_shape) * self.problem.dtype.itemsize
         apart = last.axis.stride > 1 and not last.gathers and result > machine.l2_bytes * _RESULT_SHARE
         lines, tiles = self.own_groups * sizes.free, -(-sizes.row // self.tile)
-        for one in self._products:
-            packed = self.largest_product > LARGEST
+        packed = self.largest_product > LARGEST
+        for one in self.products:
             total += few_channels_s(lines * tiles, sizes.row / tiles, self.rows, one.shape[2], packed=packed)
-        total += len(self._products) * pass_s(sums, sizes.row)
+        total += len(self.products) * pass_s(sums, sizes.row)
         slots = len(self.pairs) * len(self.along[0].runs)
         stored = lines * sizes.behind * last.count * given
         run = given if given > 1 else self.own_groups
@@ -486,16 +402,11 @@ class Block:
         self.sums = workspace.take(*sums_shape)
         self.spare = workspace.take(*sums_shape) if of.adds else self.sums
         self.found = self.sums[:, :, : of.channels[1]]
-        item, wide = self.sums.itemsize, of.along[1].reach + sizes.behind
+        wide = of.along[1].reach + sizes.behind
         # [line, position of the next axis, of the last, group, channel] of each phase
         cells = self.grid[..., : wide * sizes.line].reshape(-1, *shape[2:5], wide, sizes.line)
         self.cells = list(cells.transpose(0, 2, 4, 5, 1, 3))
-        by_group, by_line, by_channel, _ = self.found.strides
-        self.lines = as_strided(
-            self.found,
-            (sizes.free, sizes.behind, of.along[2].count, of.own_groups, of.channels[1]),
-            (by_line, sizes.line * item, item, by_group, by_channel),
-        )
+        self.lines = by_position(of, sizes, self.found)
         tiles = -(-sizes.row // of.tile)
         of_tiles = (*sums_shape[:3], tiles, sizes.row // tiles)
         self.tiles = [array.reshape(of_tiles).swapaxes(2, 3) for array in (self.sums, self.spare)]
@@ -525,6 +436,13 @@ class Block:
             for of_slot in pair.products
         ]
         return Step(copies, found)
+
+
+def by_position(of: Mec, sizes: Sizes, lines: Array) -> Array:
+    """View lines [group, line, channel, position] as [line, position of the next axis, of the last, group, channel]."""
+    by_group, by_line, by_channel, item = lines.strides
+    shape = sizes.free, sizes.behind, of.along[2].count, of.own_groups, of.channels[1]
+    return as_strided(lines, shape, (by_line, sizes.line * item, item, by_group, by_channel))
 
 
 class Blocks:

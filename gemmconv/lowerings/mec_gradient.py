@@ -20,7 +20,7 @@ from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace
 from gemmconv.lowerings.boxes import Bounds, Range, digit
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, lines_s, most_workspace_bytes, packed_lines_s, pass_s
-from gemmconv.lowerings.mec import FEW, Block, Mec, Product, Sizes, candidates
+from gemmconv.lowerings.mec import FEW, Block, Mec, Sizes, by_position, candidates
 from gemmconv.lowerings.products import LARGEST, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
@@ -57,11 +57,6 @@ class MecGradient:
     def digits(self) -> list[list[Bounds]]:
         return [digit(4, [(0, self.problem.cin)])]
 
-    @cached_property
-    def products(self) -> list[Product]:
-        """The products of a line: there is one slot of each axis."""
-        return [one for pair in self.of.pairs for of_slot in pair.products for one in of_slot]
-
     def pieces(self, k: int) -> int:
         """Return into how many products of equal size the columns of one are cut; 1 where BLAS packs them."""
         if not unpacked(self.problem):
@@ -72,7 +67,7 @@ class MecGradient:
     @property
     def largest_product(self) -> int:
         of = self.of
-        size = of.rows * of.tile * max((one.shape[2] // self.pieces(one.shape[2]) for one in self.products), default=0)
+        size = of.rows * of.tile * max((one.shape[2] // self.pieces(one.shape[2]) for one in of.products), default=0)
         return LARGEST if unpacked(self.problem) and size <= small_products() else size
 
     def _values(self, sizes: Sizes) -> tuple[int, int, int]:
@@ -96,10 +91,11 @@ class MecGradient:
         lines, tiles = of.own_groups * sizes.free, -(-sizes.row // of.tile)
         line = of.along[2].axis.coarse
         total = of.filled_s(sizes, machine) + of.lines_s(coarse, min(FEW, line), line, of.channels[1])
-        for one in self.products:
+        packed = self.largest_product > LARGEST
+        for one in of.products:
             pieces = self.pieces(one.shape[2])
             each = lines * tiles * pieces * lines_s(of.rows, one.shape[2] / pieces, sizes.row / tiles, steps=0)
-            if self.largest_product > LARGEST:
+            if packed:
                 each += lines * packed_lines_s(one.shape[2] * sizes.row)
             values = lines * tiles * of.rows * one.shape[2]
             total += each + 2 * pass_s(values, of.rows * one.shape[2])
@@ -124,7 +120,7 @@ class MecGradient:
                     np.copyto(to, source)
             if clock:
                 clock("pack")
-            for one, (columns, found) in zip(self.products, block.products, strict=True):
+            for one, (columns, found) in zip(of.products, block.products, strict=True):
                 np.matmul(block.coarse, columns, out=found)
                 sums = views.sums[one.weights].reshape(found.shape[0], *found.shape[3:])
                 np.add(sums, np.add.reduce(found, axis=(1, 2)), out=sums)
@@ -150,7 +146,7 @@ class MecGradient:
         output[...] = 0
         axes = [order(self.problem.axes)[i] for i in of.taken]
         taps = taps.transpose(*axes, 4, 5, 3)  # [free tap, next, last, group, coarse channel, fine channel]
-        for one in self.products:
+        for one in of.products:
             pieces = self.pieces(one.shape[2])
             found = sums[one.weights].reshape(groups, pieces, of.rows, -1).swapaxes(1, 2)[:, :given]
             sizes = [len(of_axis) for of_axis in (one.run.taps, *one.taps)]
@@ -172,17 +168,12 @@ class _Block:
         groups, free, rows = mec.own_groups, sizes.free, mec.rows
         self.lines = workspace.take(groups, free, rows, sizes.row)
         parts = workspace.take(groups * free * rows * tiles * mec.deep)
-        by_group, by_line, by_channel, item = self.lines.strides
-        self.positions = np.lib.stride_tricks.as_strided(
-            self.lines[:, :, : mec.channels[1]],
-            (free, sizes.behind, mec.along[2].count, groups, mec.channels[1]),
-            (by_line, sizes.line * item, item, by_group, by_channel),
-        )
+        self.positions = by_position(mec, sizes, self.lines[:, :, : mec.channels[1]])
         # [group, line, tile, 1, channel, position]
         self.coarse = self.lines.reshape(groups, free, rows, tiles, 1, each).transpose(0, 1, 3, 4, 2, 5)
         self.products: list[tuple[Array, Array]] = []
         columns = [array for step in self.block.steps for of_slot in step.columns for array in of_slot]
-        for one, array in zip(of.products, columns, strict=True):
+        for one, array in zip(mec.products, columns, strict=True):
             pieces = of.pieces(one.shape[2])
             # Columns are [group, line, tile, k, position].
             cut = array.reshape(*array.shape[:3], pieces, -1, each).swapaxes(-1, -2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from gemmconv.lowerings.boxes import Range
@@ -162,3 +162,88 @@ def met(axis: Axis, offset: int, first: int, size: int, gathers: bool) -> tuple[
     stop = max(start, min(first + size, -((offset - end) // step)))
     source = slice(max(0, start * step + offset), max(0, stop * step + offset), step)
     return slice(start - first, stop - first), source
+
+
+class Run(NamedTuple):
+    """Taps of the free axis that read lines next to each other: their phase, the first line, and which they are."""
+
+    phase: int
+    start: int
+    taps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Along:
+    """An axis as it is read and written."""
+
+    axis: Axis
+    of_axis: Slots
+    gathers: bool
+
+    @property
+    def count(self) -> int:
+        """Positions of a slot."""
+        return self.axis.coarse if self.gathers else self.of_axis.count
+
+    @cached_property
+    def shifts(self) -> Range:
+        """The smallest and the largest shift."""
+        return self.of_axis.shifts
+
+    @cached_property
+    def reach(self) -> int:
+        """How many more positions the grid has."""
+        return self.of_axis.reach
+
+    @property
+    def given(self) -> int:
+        """Positions of the operand."""
+        return self.axis.fine if self.gathers else self.axis.coarse
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where the phases of the grid lie in the operand."""
+        return self.of_axis.offsets or (0,) if self.gathers else (0,)
+
+    @cached_property
+    def taps(self) -> list[list[tuple[int, int, int]]]:
+        """Of each slot its taps: the phase of the grid that each reads, from where, and which it is."""
+        low, high = self.shifts
+        found: list[list[tuple[int, int, int]]] = [[] for _ in ((0,) if self.gathers else self.of_axis.offsets)]
+        for move in self.of_axis.moves:
+            for i in range(move.many):
+                if self.gathers:
+                    found[0].append((move.slot + i, move.shift - low, move.tap + i))
+                else:
+                    found[move.slot + i].append((0, high - move.shift, move.tap + i))
+        return [sorted(of_slot) for of_slot in found]
+
+    @cached_property
+    def runs(self) -> list[list[Run]]:
+        """Of each slot its taps in runs."""
+        found = []
+        for of_slot in self.taps:
+            runs: list[Run] = []
+            for phase, start, tap in of_slot:
+                last = runs[-1] if runs else None
+                if last and (phase, start) == (last.phase, last.start + len(last.taps)):
+                    runs[-1] = Run(phase, last.start, (*last.taps, tap))
+                else:
+                    runs.append(Run(phase, start, (tap,)))
+            found.append(runs)
+        return found
+
+    def met(self, offset: int, q: int, size: int) -> tuple[slice, slice]:
+        """Return which of `size` positions of the grid of a block that begins at q hold values, and where those are."""
+        first = q + self.shifts[0] if self.gathers else q - self.shifts[1]
+        return met(self.axis, offset, first, size, self.gathers)
+
+    def places(self, q: Range) -> dict[int, tuple[slice, slice]]:
+        """Return of each slot in the result which positions of a block are, and where."""
+        if self.gathers:
+            return {0: (slice(0, q[1] - q[0]), slice(*q))}
+        return {place.slot: (place.q, place.fine) for place in places(self.axis, self.of_axis, q)}
+
+    def span(self, q: Range) -> Range:
+        """Return what a block covers of the result."""
+        return q if self.gathers else self.of_axis.span(self.axis, q)
