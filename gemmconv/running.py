@@ -9,6 +9,7 @@ schedule that would spread Inf or NaN gives way to one that is right for all dat
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from gemmconv.problem import Problem, Role
 Progress = Callable[[int, int], None]
 # A packed filter that is large enough for several workers: handing it to them takes about 0.1 ms.
 _LARGE_FILTER = 3 << 20
+# The most blocks that are handed out by size: of more of them a last one is no large part.
+_FEW_BLOCKS = 64
 
 # No lock: single operations on a dict and a deque are atomic, so a fork or an interrupt cannot leave one behind.
 _idle: dict[np.dtype[Any], deque[Workspace]] = {}
@@ -116,9 +119,9 @@ def of_group(problem: Problem, role: Role, array: Array, group: int) -> Array:
 
 
 class Needs(NamedTuple):
-    """What a schedule needs, which takes longer to ask for than a small product."""
+    """What a schedule needs, which takes longer to ask for than a small product: `blocks` are those of all groups."""
 
-    blocks: int
+    blocks: Sequence[int]
     workspace_bytes: int
     limit_blas: bool
     shares: int
@@ -127,7 +130,22 @@ class Needs(NamedTuple):
 def needs(schedule: Schedule) -> Needs:
     """Return what a schedule needs."""
     limit = schedule.largest_product > serial_products()
-    return Needs(schedule.count, schedule.workspace_bytes, limit, shares_of(schedule))
+    return Needs(largest_first(schedule), schedule.workspace_bytes, limit, shares_of(schedule))
+
+
+def largest_first(schedule: Schedule) -> Sequence[int]:
+    """Return the blocks of all groups in the order in which they are handed out.
+
+    Where they are few, large ones come first, or one worker would be left with one at the end.
+    """
+    groups, count = schedule.problem.groups, schedule.count
+    if 1 < count <= _FEW_BLOCKS:
+        digits = [[math.prod(stop - start for _, (start, stop) in bounds) for bounds in of] for of in schedule.digits]
+        sizes = [math.prod(size) for size in itertools.product(*digits)]
+        if max(sizes) > min(sizes):
+            blocks = sorted(range(count), key=sizes.__getitem__, reverse=True)
+            return [block * groups + group for block in blocks for group in range(groups)]
+    return range(groups * count)
 
 
 def shares_of(schedule: Schedule) -> int:
@@ -187,8 +205,9 @@ def run(
         every_shape = [*shapes[:2], *shapes[2:] * needed.shares]
         wholes = [placed(*part) for part in zip(wholes, at, every_shape, strict=True)]
     parts = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in wholes[2:]]
-    groups, of_share = len(parts[0]), needed.blocks // needed.shares
-    blocks: Sequence[int] = range(groups * needed.blocks) if excerpt is None else excerpt.blocks
+    groups = len(parts[0])
+    of_share = len(needed.blocks) // groups // needed.shares
+    blocks = needed.blocks if excerpt is None else excerpt.blocks
     count = len(blocks)
     workspaces = _acquire(min(workers, count), needed.workspace_bytes, problem.compute_dtype)
     clocks = [profile.Clock() if looking else None for _ in workspaces]

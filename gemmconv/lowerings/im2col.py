@@ -3,7 +3,8 @@
 A block is a run of rows of the result, with some of its channels. Its windows of the fine array are copied to columns
 in cache, some taps at a time, and their products are added to the rows, in one GEMM or in many that BLAS does not pack.
 Columns lie [row, tap], or [tap, row] with channels first, where [channel, row] is formed, and where channels are few:
-then whole lines are copied. Rows are written where they stay, but for half precisions and complex numbers.
+then whole lines are copied. Rows are written where they stay, but for half precisions and complex numbers. Where rows
+are few and taps many, blocks have a share of the taps: each forms a result of its own, and those are added up.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ _COLUMNS_SHARE, _UNPACKED_SHARE, _SPILLED_SHARE, _GRID_SHARE = 0.4, 2.0, 0.5, 2.
 _SHORT = 32
 # Blocks of whole planes of the result that are weighed too, by how many of them there are.
 _BLOCKS = range(2, 9)
+# Shares of the taps that are weighed too, where they take no more bytes: with 4, calls of 1 ms were slower.
+_SHARES, _MOST_SHARED = 2, 1 << 18
 
 
 class Block(NamedTuple):
-    """A run of rows of the result, and some of its channels."""
+    """A run of rows of the result, and some of its channels, from a share of the taps."""
 
+    share: int
     rows: Box
     channels: Range
 
@@ -64,6 +68,7 @@ class Im2Col:
     taps: tuple[Taps, ...]  # of the GEMMs of a block
     grid: int  # values
     tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
+    shares: int = 1  # of the taps
 
     @property
     def packs(self) -> bool:
@@ -72,11 +77,12 @@ class Im2Col:
 
     @property
     def count(self) -> int:
-        return math.prod(map(len, self.cuts)) * len(self.channels)
+        return self.shares * math.prod(map(len, self.cuts)) * len(self.channels)
 
     @property
     def digits(self) -> list[list[Bounds]]:
-        return [*(digit(i, cut) for i, cut in enumerate(self.cuts)), digit(4, self.channels)]
+        rows = [digit(i, cut) for i, cut in enumerate(self.cuts)]
+        return [[()] * self.shares, *rows, digit(4, self.channels)]
 
     whole_behind = 3
     reads_beyond = 1
@@ -86,8 +92,8 @@ class Im2Col:
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
         index, channels = divmod(index, len(self.channels))
-        _, spans = located(index, self.cuts)
-        return Block(Box(*spans), self.channels[channels])
+        share, spans = located(index, self.cuts)
+        return Block(share, Box(*spans), self.channels[channels])
 
     @property
     def rows(self) -> int:
@@ -101,8 +107,8 @@ class Im2Col:
 
     @property
     def direct(self) -> bool:
-        """Whether sums are formed in the result; BLAS multiplies by a complex 1, which makes zeros of either sign."""
-        return not self.packs and self.problem.dtype.kind == "f" and not too_far(self.problem)
+        """Whether sums are formed in the result."""
+        return _is_direct(self.problem)
 
     @property
     def largest_product(self) -> int:
@@ -150,13 +156,15 @@ class Im2Col:
         channels = f", {self.channels.longest} of {self.problem.cin} channels" if len(self.channels) > 1 else ""
         widened = ", filter widened" if self.packs else ""
         columns = f"columns of {self.deep} taps times {self.problem.cout} channels"
-        return f"{columns} for up to {self.rows} rows{channels}{widened}"
+        shares = f", in {self.shares} shares of the taps" if self.shares > 1 else ""
+        return f"{columns} for up to {self.rows} rows{channels}{shares}{widened}"
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
         problem, w = self.problem, self.axes[2]
         rows = problem.batch * math.prod(problem.coarse) / math.prod(map(len, self.cuts))
         n, cut = problem.cin / len(self.channels), len(self.channels) > 1
+        blocks, shared = self.count / self.shares, problem.batch * math.prod(problem.coarse) * problem.cin * self.shares
         item = problem.compute_dtype.itemsize
         streamed = math.prod(problem.filter_shape) * item > machine.l2_bytes
         total = 0.0
@@ -180,16 +188,19 @@ class Im2Col:
             if streamed and (cut or rows > 1):
                 total += streamed_s(n * k, n if cut else math.inf)
         if self.padded or rearranges(problem, w, self.tap_major):
-            total += copy_s(self.grid, w.fine, spilled=True, strided=rearranges(problem, w, self.tap_major))
-        values = rows * n
-        return self.count * (total + copy_s(values, problem.cin, steps=1 if self.direct else 2, spilled=True))
+            total += self.shares * copy_s(
+                self.grid, w.fine, spilled=True, strided=rearranges(problem, w, self.tap_major)
+            )
+        stored = copy_s(rows * n, problem.cin, steps=1 if self.direct else 2, spilled=True)
+        added = copy_s(2 * shared, problem.cin) if self.shares > 1 else 0.0
+        return blocks * total + self.count * stored + added
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         np.setbufsize(SMALLEST_BUFFER)
         problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
         item, channels_first = gemm.itemsize, problem.layout == "NCDHW"
         windows, parts = workspace.views(self, lambda: self._memory(workspace))
-        rows, channels = self.block(index)
+        share, rows, channels = self.block(index)
         m, n = math.prod(rows.sizes), channels[1] - channels[0]
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
         output = output[(*(slice(*r) for r in rows), slice(*channels))]
@@ -198,7 +209,7 @@ class Im2Col:
         else:
             sums = five(problem.layout, workspace.take(m * n), rows.sizes[0], rows.sizes[1:], n)
             ld = m if channels_first else n
-        start = operands.start(channels)
+        start = 0 if share else operands.start(channels)
         small = min(m, n) > 1 and unpacked(problem)
         if not small:
             sums[...] = start
@@ -208,7 +219,8 @@ class Im2Col:
         taps = operands.packed if self.packs else operands.filter
         taps = taps.reshape(-1, problem.cin)[:, slice(*channels)]
         opened = windows.open(operands.value, rows, self.window)
-        for i, box in enumerate(self.taps):
+        mine = slice(len(self.taps) * share // self.shares, len(self.taps) * (share + 1) // self.shares)
+        for i, box in enumerate(self.taps[mine]):
             if clock:
                 clock("overhead")
             windows.copy(rows, box, opened)
@@ -257,6 +269,11 @@ class Im2Col:
         return (0, d), (0, h), (0, w)
 
 
+def _is_direct(problem: Problem) -> bool:
+    """Whether sums can be formed in the result; BLAS multiplies by a complex 1, which makes zeros of either sign."""
+    return problem.dtype.kind == "f" and problem.dtype == problem.compute_dtype and not too_far(problem)
+
+
 def columns_run(problem: Problem, w: Axis, taps: Range, tap_major: bool) -> float:
     """Return the length of inner loops when columns are copied."""
     return w.coarse if tap_major else problem.cout * (taps[1] - taps[0] if w.dilation == 1 else 1)
@@ -299,18 +316,21 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
     d, h, w = (axis.coarse for axis in axes)
     every = problem.batch * d * h * w
 
-    def candidate(rows: int, parts: int, tap_major: bool) -> Im2Col:
+    def candidate(rows: int, parts: int, tap_major: bool, shares: int = 1) -> Im2Col:
         cuts = row_cuts(problem, axes, rows)
         longest = [cut.longest for cut in cuts]
         channels = Cut(problem.cin, -(-problem.cin // parts))
-        taps = tap_boxes(axes, max(1, columns // (math.prod(longest) * problem.cout)))
+        most_taps = min(columns // (math.prod(longest) * problem.cout), math.prod(problem.kernel) // shares)
+        taps = tap_boxes(axes, max(1, most_taps))
         apart = phases_apart(axes[2], tap_major)
         grid = longest[0] * grid_values(axes, longest[1:], problem.kernel, apart) * problem.cout
-        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, tap_major)
+        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, tap_major, shares)
 
     planes = [-(-n // blocks) * each for n, each in ((problem.batch, d * h * w), (d, h * w)) for blocks in _BLOCKS]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     every_rows = sorted({min(n, every) for n in (*_ROWS, *planes)})
-    return best(
-        [candidate(r, n, order) for r in every_rows for n in parts for order in orders(problem, axes[2])], machine
-    )
+    found = [candidate(r, n, order) for r in every_rows for n in parts for order in orders(problem, axes[2])]
+    formed = every * problem.cin * item
+    if math.prod(problem.kernel) >= _SHARES and _SHARES * formed <= _MOST_SHARED and _is_direct(problem):
+        found += [candidate(every, 1, order, _SHARES) for order in orders(problem, axes[2])]
+    return best(found, machine)
