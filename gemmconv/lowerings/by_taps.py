@@ -92,6 +92,7 @@ class ByTaps(AsItLies):
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
     turned: int  # the columns of the tiles of a filter that is packed, for products that BLAS does not pack; or 0
+    gathers: bool  # whether the rows that land are copied, and not all rows between them taken too
     programs: dict[int, list[list[Step]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -148,8 +149,10 @@ class ByTaps(AsItLies):
 
     @property
     def largest_product(self) -> int:
-        # The fewest rows of a product are a whole line, unless lines are cut.
+        # The fewest rows of a product are a whole line, or what lands of one, unless lines are cut.
         fewest = self.axes[2].coarse if len(self.cuts[3]) == 1 else 1
+        if self.gathers and fewest > 1:
+            fewest = min(_landing(self.axes[2], self.phases[2]))
         taps = self.cuts[4].shortest, self.taps * self.channels
         if self.turned or never_packed(self.problem, (fewest, self.rows), taps, tap_major=False):
             return LARGEST
@@ -159,7 +162,7 @@ class ByTaps(AsItLies):
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
         n = self.taps * self.channels
-        columns = columns_values(self.problem, self.rows, n, self.depth, self.widens, self.turned)
+        columns = columns_values(self.problem, self.rows, n, self.depth, self.widens, self.turned, self.gathers)
         return sum(aligned(values * item) for values in (*columns, self._sums))
 
     @property
@@ -176,6 +179,7 @@ class ByTaps(AsItLies):
         gemms = boxes * d.kernel * h.kernel * w.kernel // self.taps
         coarse = problem.batch * d.coarse * h.coarse * w.coarse
         rows = min(self.rows, coarse * len(self.cuts[4]) / boxes)
+        formed = rows * self._formed
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         scattered = problem.layout == "NCDHW"
         row = self.cuts[3].longest * self.lanes * self.channels
@@ -183,8 +187,10 @@ class ByTaps(AsItLies):
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
         steps = gemms * self.taps // self.lanes
         total = (
-            gemms * pieces * formed_s(problem, rows, n / pieces, tap_major=False, turned=self.turned, spilled=spilled)
+            gemms * pieces * formed_s(problem, formed, n / pieces, tap_major=False, turned=self.turned, spilled=spilled)
         )
+        if self.gathers:
+            total += gemms * copy_s(formed * problem.cin, problem.cin, steps=2, spilled=True)
         total += packing_s(problem, self.packed_values * TURNED_VALUE_S)
         if self.direct:
             if scattered:
@@ -197,13 +203,20 @@ class ByTaps(AsItLies):
         return total + stores * (copy_s(values, stored, strided=scattered, spilled=True) + copy_s(values, row))
 
     @property
+    def _formed(self) -> float:
+        """The part of the products of all rows that is formed: of hulls, those of the rows between are too."""
+        landed = [_landed(axis, of_axis) for axis, of_axis in zip(self.axes, self.phases, strict=True)]
+        return math.prod(landed if self.gathers else landed[: min(2, self.whole_behind)])
+
+    @property
     def reason(self) -> str:
         channels = f", {self.channels} of {self.problem.cout} output channels" if len(self.cuts[4]) > 1 else ""
         fold = "columns stored as rows, nothing overlaps" if self.direct else "columns added tap by tap"
         packed = ", widened block by block" if self.widens else ", filter packed" if self.turned else ""
         together = f"; {len(self.groups[0])} phases a block" if len(self.groups[0]) > 1 else ""
         taps = f"{self.axes[2].kernel} taps" if self.joined else "tap"
-        return f"a GEMM for each {taps}, up to {self.rows} rows{channels}; {fold}{packed}{together}"
+        gathered = " gathered" if self.gathers else ""
+        return f"a GEMM for each {taps}, up to {self.rows}{gathered} rows{channels}; {fold}{packed}{together}"
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         if (self.channels if self.joined else self.axes[2].coarse * self.lanes * self.channels) >= SHORT_RUN:
@@ -228,6 +241,7 @@ class ByTaps(AsItLies):
                 tap_major=False,
                 widens=self.widens,
                 turned=self.turned,
+                gathers=self.gathers,
             ),
         )
         columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
@@ -287,7 +301,9 @@ class ByTaps(AsItLies):
                     taps = max(tap for _, tap, _, _ in group) + self.lanes - start
                     at_w = min(at[0] for _, _, at, _ in group), max(at[1] for _, _, at, _ in group)
                     box = Box(block.batch, at_d, at_h, at_w)
-                    hull = (box if cut else box._replace(width=(0, w.coarse))).hull(sizes)
+                    hull = box
+                    if not self.gathers:
+                        hull = (box if cut else box._replace(width=(0, w.coarse))).hull(sizes)
                     # As it lies, the filter's rows of several taps follow each other with all their channels only.
                     each = taps if channels == cout else 1
                     found = [
@@ -367,7 +383,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     pairs = [(i, j) for i in range(len(found[0])) for j in range(len(found[1]))]
     pairs.sort(key=lambda pair: -len(found[0][pair[0]].taps) * len(found[1][pair[1]].taps))
 
-    def candidate(rows: int, channels: int, joined: bool, turned: int) -> ByTaps:
+    def candidate(rows: int, channels: int, joined: bool, turned: int, gathers: bool) -> ByTaps:
         batch = 1 if problem.layout == "NCDHW" else max(1, rows // math.prod(counts))
         chunks = (max(1, rows // (counts[1] * counts[2])), max(1, rows // counts[2]), rows)
         cuts = [
@@ -385,9 +401,8 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
             share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
             depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
         cut = (*cuts, Cut(problem.cout, channels))
-        return ByTaps(
-            problem, axes, found, lanes, joined, direct, unreached, cut, tuple(groups), most, widens, depth, turned
-        )
+        order = cut, tuple(groups), most
+        return ByTaps(problem, axes, found, lanes, joined, direct, unreached, *order, widens, depth, turned, gathers)
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
@@ -401,7 +416,20 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     if unpacked(problem) and not widens:
         turned = ((*shape, tile_columns(Cut(problem.cout, shape[0]), problem.cin)) for shape in shapes)
         ways += [way for way in turned if way[2]]
-    return best([candidate(r, *way) for r in rows for way in ways], machine)
+    gathers = (False, True) if min(map(_landed, axes, found)) < 1 and not widens else (False,)
+    return best([candidate(r, *way, g) for r in rows for way in ways for g in gathers], machine)
+
+
+def _landing(axis: Axis, of_axis: Sequence[Phase]) -> list[int]:
+    """Return for each tap of an axis that lands in the output with how many positions it does."""
+    every = [landing(axis, phase, shift, (0, phase.count)) for phase in of_axis for _, shift in phase.taps]
+    return [stop - start for start, stop in every]
+
+
+def _landed(axis: Axis, of_axis: Sequence[Phase]) -> float:
+    """Return the part of an axis' rows, of all such taps, that land in the output."""
+    found = _landing(axis, of_axis)
+    return sum(found) / max(1, axis.coarse * len(found))
 
 
 def largest_hull(chunk: Sequence[int], whole: tuple[int, int, int, int]) -> int:

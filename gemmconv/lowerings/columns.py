@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gemmconv.lowerings.base import Array, Operands, Workspace, address, five, must_widen
-from gemmconv.lowerings.boxes import Box, Range
-from gemmconv.lowerings.copies import copy_turned
+from gemmconv.lowerings.boxes import Box, Cut, Range
+from gemmconv.lowerings.copies import copy, copy_turned, is_far, read_ahead
 from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, lines_s, unpacked_s
 from gemmconv.lowerings.products import lines_fit, multiply, multiply_lines, multiply_tiles, parts_values, unpacked
 from gemmconv.problem import Axis, Problem
@@ -28,6 +28,8 @@ _FEW_ROWS, _SMALL, _LARGE = 24, 1 << 17, 1 << 15
 _MOST_SEEN = 8
 # The fewest rows that are columns of a product: a vector of BLAS' kernels.
 _VECTOR = 16
+# Bytes of a large filter that are read ahead of their products, to stay in the L2 cache until then.
+_AHEAD = 1 << 19
 
 
 T = TypeVar("T")
@@ -53,7 +55,8 @@ class Rows(NamedTuple):
 class Buffers:
     """What columns take of a workspace, kept for later calls: the columns, and what is widened, turned or added.
 
-    Columns of up to so many rows and rows of the filter lie [row, tap] or, `tap_major`, [tap, row].
+    Columns of up to so many rows and rows of the filter lie [row, tap] or, `tap_major`, [tap, row]. With `gathers` the
+    rows of any box are copied to `rows`, one beside the other.
     """
 
     def __init__(
@@ -67,13 +70,15 @@ class Buffers:
         tap_major: bool,
         widens: bool,
         turned: int = 0,
+        gathers: bool = False,
     ) -> None:
         self.problem, self.depth, self.widens, self.turned = problem, depth, widens, turned
+        self.gathers = gathers
         self.tap_major = tap_major
         self._seen: dict[int, Any] = {}
         self.gemm = workspace.gemm
         self.columns, self.rows, self.taps, self.turned_rows, self.across, self.parts = map(
-            workspace.take, columns_values(problem, rows, taps, depth, widens, turned)
+            workspace.take, columns_values(problem, rows, taps, depth, widens, turned, gathers)
         )
         # Asking an array for its address costs about as much as a small addition.
         self.columns_at, self.rows_at, self.taps_at = map(address, (self.columns, self.rows, self.taps))
@@ -107,6 +112,7 @@ class Columns:
         self._steps = operands.steps[0]
         self._gemm = buffers.gemm
         self._held: tuple[Box, int] | None = None
+        self._gathered: Box | None = None
         self._value_at, self._filter_at = address(operands.value), address(operands.filter)
 
     # GEMM needs addresses only.
@@ -125,12 +131,22 @@ class Columns:
         return self._operands.packed.reshape(-1, self._cin, self._buffers.turned)
 
     def locate(self, hull: Box) -> Rows:
-        """Return where a hull's rows are, for any number of calls of `form`."""
+        """Return where a hull's rows are, or gathered ones until the next call, for any number of calls of `form`."""
+        if self._buffers.gathers:
+            return self._gather(hull)
         (b, _), (d, _), (h, _), (w, _) = hull
         of_b, of_d, of_h, of_w, of_c = self._steps
         offset = b * of_b + d * of_d + h * of_h + w * of_w
         ld = of_c if self._buffers.channels_first else of_w
         return Rows(hull, math.prod(hull.sizes), self._value_at + offset * self._gemm.itemsize, ld)
+
+    def _gather(self, box: Box) -> Rows:
+        """Copy the rows of a box, unless they are what is held already, and return where they are."""
+        if self._gathered != box:
+            copy(self._rows_of(box), self._grid[tuple(slice(*r) for r in box)])
+            self._gathered, self._held = box, None
+        m = math.prod(box.sizes)
+        return Rows(box, m, self._buffers.rows_at, m if self._buffers.channels_first else self._cin)
 
     def form(self, rows: Rows, pieces: Sequence[Piece], ld: int) -> None:
         """Form the columns of rows and of pieces of the filter, with `ld` values from line to line."""
@@ -176,12 +192,15 @@ class Columns:
 
     def _form_lines(self, rows: Rows, piece: Piece, ld: int) -> None:
         """Form the columns of rows and of a piece of the filter, both as they lie, without packing."""
-        value, (first, n, column) = self._flat(rows), piece
-        taps = self._filter[first : first + n]
-        if self._buffers.tap_major:
-            multiply_lines(taps, value, self.buffer[column * ld : (column + n) * ld].reshape(n, ld)[:, : rows.m])
-        else:
-            multiply_lines(value, taps, self.buffer[: rows.m * ld].reshape(-1, ld)[:, column : column + n])
+        value, (first, n, column), far = self._flat(rows), piece, is_far(self._operands.filter)
+        for start, stop in Cut(n, max(_VECTOR, _AHEAD // (self._cin * value.itemsize)) if far else n):
+            taps, begin, end = self._filter[first + start : first + stop], column + start, column + stop
+            if far:
+                read_ahead(taps)
+            if self._buffers.tap_major:
+                multiply_lines(taps, value, self.buffer[begin * ld : end * ld].reshape(-1, ld)[:, : rows.m])
+            else:
+                multiply_lines(value, taps, self.buffer[: rows.m * ld].reshape(-1, ld)[:, begin:end])
 
     def _form_across(self, value: Array, piece: Piece, ld: int) -> None:
         """Form the columns of a piece of the filter as it lies and of rows [cin, row], without packing."""
@@ -196,8 +215,16 @@ class Columns:
             np.copyto(self.buffer[: m * ld].reshape(m, ld)[:, piece.column : piece.column + n], to.T)
 
     def _flat(self, rows: Rows) -> Array:
-        """Return the rows of a hull as they lie, [row, cin]."""
+        """Return the rows of a hull as they lie, or gathered ones, [row, cin]."""
+        if self._buffers.gathers:
+            return self._rows_of(rows.hull).reshape(rows.m, self._cin)
         return self._grid[tuple(slice(*r) for r in rows.hull)].reshape(rows.m, self._cin)
+
+    def _rows_of(self, box: Box) -> Array:
+        """Return where the rows of a box are gathered."""
+        batch, *sizes = box.sizes
+        values = self._buffers.rows[: math.prod(box.sizes) * self._cin]
+        return five(self._buffers.problem.layout, values, batch, sizes, self._cin)
 
     def _as_columns(self, rows: Rows) -> Array:
         """Return the rows of a hull turned to columns, unless they are what is held already."""
@@ -262,17 +289,19 @@ def turn(filter: Array, packed: Array, columns: int, part: int, parts: int) -> N
     copy_turned(packed.reshape(-1, cin, columns)[mine], filter.reshape(-1, columns, cin)[mine])
 
 
-def columns_values(problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int = 0) -> list[int]:
+def columns_values(
+    problem: Problem, rows: int, taps: int, depth: int, widens: bool, turned: int = 0, gathers: bool = False
+) -> list[int]:
     """Return the values that `Buffers` takes of a workspace, one array after the other."""
     cin, item, columns = problem.cin, problem.compute_dtype.itemsize, rows * taps
     if widens:
         return [columns, rows * depth, taps * depth, 0, 0, 0]
     if turned:
-        return [columns, *[0] * 5]
+        return [columns, rows * cin * gathers, *[0] * 4]
     if few_rows(problem):
-        return [columns, 0, 0, rows * cin, columns, parts_values(taps, rows, cin, item)]
+        return [columns, rows * cin * gathers, 0, rows * cin, columns, parts_values(taps, rows, cin, item)]
     by_columns = problem.layout == "NCDHW" and unpacked(problem)
-    return [columns, 0, 0, 0, 0, parts_values(taps, rows, cin, item) if by_columns else 0]
+    return [columns, rows * cin * gathers, 0, 0, 0, parts_values(taps, rows, cin, item) if by_columns else 0]
 
 
 def formed_s(problem: Problem, m: float, n: float, *, tap_major: bool, turned: int = 0, spilled: bool = False) -> float:

@@ -11,6 +11,8 @@ from gemmconv.problem import Problem
 _SHORT_BYTES = 512
 # Bytes between lines of which half a first cache holds a few only.
 _CONFLICT = 2048
+# Bytes of an array of which most comes from memory, and of what a cache reads of it at a time.
+_FAR, _LINE = 1 << 23, 64
 
 
 def is_finite(array: Array) -> bool:
@@ -44,6 +46,19 @@ def copy_turned(to: Array, source: Array) -> None:
     for index in np.ndindex(source.shape[:-2]):
         np.copyto(apart, source[index], casting="unsafe")
         np.copyto(to[index], apart.T)
+
+
+def is_far(array: Array) -> bool:
+    """Whether an array is so large that it comes from memory whenever it is read."""
+    return array.nbytes >= _FAR
+
+
+def read_ahead(matrix: Array) -> None:
+    """Bring the lines of a matrix to the cache in the order in which they lie, as memory is read fastest.
+
+    Products of few rows read it in pieces, and would wait for each.
+    """
+    np.bitwise_or.reduce(matrix.view(np.uint8)[:, ::_LINE], axis=None)
 
 
 def item_size(problem: Problem, channels: int) -> int:
