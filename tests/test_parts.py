@@ -55,6 +55,7 @@ BY_NAME = [(operation, name) for operation in OPERATIONS for name in ALGORITHMS[
 SCHEDULES = {
     ("conv3d_transpose", "col2im"): {"ByTaps", "ByRows", "ByPlanes"},
     ("conv3d", "im2col"): {"Im2Col"},
+    ("conv3d", "kn2row"): {"Gather", "Landed"},
     ("conv3d_backprop_filter", "im2col"): {"Gradient"},
 }
 WIDER = {

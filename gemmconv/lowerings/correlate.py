@@ -23,6 +23,7 @@ from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit
 from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes
 from gemmconv.lowerings.im2col import tap_boxes
+from gemmconv.lowerings.phases import reached
 from gemmconv.lowerings.windows import Taps
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -182,22 +183,13 @@ class Correlate:
         # A line begins at fine position -lo.
         first = max(0, -w.lo)
         last = max(first, min(w.fine, self.line - w.lo))
-        (to_d, from_d), (to_h, from_h) = _met(d, a, depth), _met(h, b, height)
+        (to_d, from_d), (to_h, from_h) = reached(d, a, depth), reached(h, b, height)
         part = cells[to_d, to_h, first + w.lo : last + w.lo]
         if part.shape != cells.shape:
             cells[...] = 0
         if part.size:
             copy(part, fine[from_d, from_h, first:last])
         return part.size > 0
-
-
-def _met(axis: Axis, tap: int, rows: Range) -> tuple[slice, slice]:
-    """Return which of some coarse positions a tap carries into the fine array, and to where."""
-    shift = tap * axis.dilation - axis.lo
-    start = max(rows[0], -(shift // axis.stride))
-    stop = max(start, min(rows[1], (axis.fine - 1 - shift) // axis.stride + 1))
-    first = start * axis.stride + shift
-    return slice(start - rows[0], stop - rows[0]), slice(first, first + (stop - start) * axis.stride, axis.stride)
 
 
 def schedule(problem: Problem, machine: Machine) -> Correlate:

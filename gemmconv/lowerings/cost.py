@@ -106,7 +106,12 @@ def unpacked_s(m: float, n: float, k: float, parts: int = 0) -> float:
 def lines_s(m: float, n: float, k: float, *, steps: int = 1) -> float:
     """Return the time of a product of m lines and n lines of a filter, as they lie."""
     products = (m + _LINES_HALF_MN) * (n + _LINES_HALF_MN) * (k + _LINES_HALF_K)
-    return steps * _STEP_S + n * k * _READ_VALUE_S + 2 * products / _LINES_FLOPS_PER_S
+    return steps * _STEP_S + read_s(n * k) + 2 * products / _LINES_FLOPS_PER_S
+
+
+def read_s(values: float) -> float:
+    """Return the time to read values of a large filter for products of few rows."""
+    return values * _READ_VALUE_S
 
 
 def packed_lines_s(values: float) -> float:
@@ -131,7 +136,7 @@ def streamed_s(values: float, run: float) -> float:
 def few_s(m: float, n: float, k: float) -> float:
     """Return the time of a product with few rows, which are turned, and what is formed turned back."""
     turned = m * n * _STRIDED_VALUE_S
-    return 2 * _STEP_S + n * k * _READ_VALUE_S + turned + 2 * m * n * k / _SMALL_FLOPS_PER_S
+    return 2 * _STEP_S + read_s(n * k) + turned + 2 * m * n * k / _SMALL_FLOPS_PER_S
 
 
 def small_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:

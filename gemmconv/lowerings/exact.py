@@ -16,6 +16,7 @@ import numpy as np
 from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, aligned, five
 from gemmconv.lowerings.boxes import Bounds, Index
 from gemmconv.lowerings.copies import store
+from gemmconv.lowerings.phases import reached
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 
@@ -88,18 +89,9 @@ class Exact(AsItLies):
 
     def _lands(self, tap: Sequence[int], plane: int) -> tuple[Index, Index]:
         """Return which positions of a coarse plane a tap gathers for, and the fine positions it gathers, if any."""
-        to, source = [], []
-        for axis, a, rows in zip(self.problem.axes, tap, (plane, None, None), strict=True):
-            shift = a * axis.dilation - axis.lo
-            start, stop = (0, axis.coarse) if rows is None else (rows, rows + 1)
-            first = max(start, -(shift // axis.stride))
-            last = min(stop, (axis.fine - 1 - shift) // axis.stride + 1)
-            if first >= last:
-                return (slice(0), slice(0)), (slice(0), slice(0), slice(0))
-            at = first * axis.stride + shift
-            to.append(slice(first, last))
-            source.append(slice(at, at + (last - first - 1) * axis.stride + 1, axis.stride))
-        return tuple(to[1:]), tuple(source)
+        rows = (plane, plane + 1), *((0, size) for size in self.problem.coarse[1:])
+        to, source = zip(*map(reached, self.problem.axes, tap, rows), strict=True)
+        return to[1:], source
 
 
 def schedule(problem: Problem, machine: Machine) -> Exact:

@@ -164,6 +164,17 @@ def met(axis: Axis, offset: int, first: int, size: int, gathers: bool) -> tuple[
     return slice(start - first, stop - first), source
 
 
+def reached(axis: Axis, tap: int, rows: Range) -> tuple[slice, slice]:
+    """Return which of some coarse positions a tap carries into the fine array, counted from the first, and to where."""
+    shift = tap * axis.dilation - axis.lo
+    start = max(rows[0], -(shift // axis.stride))
+    stop = max(start, min(rows[1], (axis.fine - 1 - shift) // axis.stride + 1))
+    if start == stop:
+        return slice(0, 0), slice(0, 0)
+    first = start * axis.stride + shift
+    return slice(start - rows[0], stop - rows[0]), slice(first, first + (stop - start) * axis.stride, axis.stride)
+
+
 class Run(NamedTuple):
     """Taps of the free axis that read lines next to each other: their phase, the first line, and which they are."""
 

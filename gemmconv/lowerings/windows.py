@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from gemmconv.lowerings.base import Array, Workspace, address, aligned, five
 from gemmconv.lowerings.boxes import Box, Index, Range
 from gemmconv.lowerings.copies import copy
+from gemmconv.lowerings.phases import reached
 from gemmconv.problem import Axis, Problem
 
 Taps = tuple[Range, Range, Range]
@@ -173,14 +174,7 @@ class Windows:
         """Return the columns of every tap whose values lie inside the fine array, and where those are."""
         found = []
         for tap in product(*(range(*t) for t in taps)):
-            to, source = [], []
-            for axis, a, (start, stop) in zip(self._axes, tap, rows[1:], strict=True):
-                shift = a * axis.dilation - axis.lo
-                first = max(start, -(shift // axis.stride))
-                last = max(first, min(stop, (axis.fine - 1 - shift) // axis.stride + 1))
-                to.append(slice(first - start, last - start))
-                at = first * axis.stride + shift
-                source.append(slice(at, at + (last - first) * axis.stride, axis.stride) if first < last else slice(0))
+            to, source = zip(*map(reached, self._axes, tap, rows[1:]), strict=True)
             d, h, w = (a - start for a, (start, _) in zip(tap, taps, strict=True))
             found.append((columns[..., d, h, w, :][:, *to], fine[:, *source]))
         return found

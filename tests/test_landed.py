@@ -1,0 +1,177 @@
+"""Products of just the rows that land or lie inside, shares of the taps, and the order of blocks of unlike sizes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import relation
+from oracle import rounded, same_bits
+from test_filtered import MACHINE, check_blocks, plan_of
+from test_lowerings import told
+from test_relation import operands, run
+
+from gemmconv import running
+from gemmconv.lowerings import by_taps, columns, copies, im2col, landed, products
+from gemmconv.plan import make_plan
+from gemmconv.problem import Axis, Problem
+
+# Axes with a border on either side, both and none, taps that reach nothing, and strides and dilations.
+AXES = [
+    Axis(4, 8, 4, 2, 1, 1), Axis(4, 8, 3, 2, 1, 0), Axis(5, 5, 3, 1, 1, 1), Axis(3, 3, 5, 1, 2, 4),
+    Axis(6, 9, 2, 1, 3, -1), Axis(4, 12, 3, 3, 1, 0), Axis(1, 1, 1), Axis(4, 3, 5, 1, 3, 1), Axis(3, 9, 2, 4, 1, -2),
+]  # fmt: skip
+CHANNELS = [(2, 3), (16, 5), (7, 32)]
+
+
+def drawn_problem(rng, operation, dtype, groups=1, layout="NDHWC"):
+    axes = tuple(AXES[i] for i in rng.integers(len(AXES), size=3))
+    cin, cout = CHANNELS[rng.integers(len(CHANNELS))]
+    return Problem(operation, int(rng.integers(1, 4)), cin, cout, axes, np.dtype(dtype), layout, groups)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Say that BLAS does not pack small products, whatever it does."""
+    monkeypatch.setattr(products, "small_products", lambda: 1_000_000)
+    products.tile.cache_clear()
+    yield
+    products.tile.cache_clear()
+
+
+@pytest.fixture(params=[True, False])
+def _far(request, monkeypatch):
+    """Take every filter for one that comes from memory, or none."""
+    for module in (columns, landed):
+        monkeypatch.setattr(module, "is_far", lambda array: request.param)
+    monkeypatch.setattr(columns, "_AHEAD", 64)
+
+
+@pytest.mark.usefixtures("_far")
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_convolutions_have_the_oracles_bits(dtype, groups, monkeypatch):
+    """Random problems in blocks of several sizes, with shares of the taps and without; each block by itself."""
+    monkeypatch.setattr(landed, "_ROWS", (2, 9, 64))
+    rng = np.random.default_rng([1, groups, *map(ord, dtype)])
+    shares, blocks = set(), set()
+    for _ in range(25):
+        problem = drawn_problem(rng, "conv3d", dtype, groups)
+        first, second, bias = operands(rng, problem)
+        want = rounded(relation.result(problem, first, second, bias), dtype)
+        for schedule in landed.candidates(problem, MACHINE):
+            shares.add(schedule.shares)
+            blocks.add(min(2, schedule.count // schedule.shares))
+            with told(problem, schedule):
+                assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
+                if schedule.shares == groups == 1 and dtype == "float32":
+                    check_blocks(rng, problem, schedule)
+    assert shares == blocks == {1, 2}
+
+
+def test_not_finite_values_reach_what_they_reach():
+    """Nothing is padded: NaN and Inf of either operand are where the definition has them."""
+    rng = np.random.default_rng(2)
+    axes = Axis(4, 8, 4, 2, 1, 1), Axis(5, 5, 3, 1, 1, 1), Axis(5, 5, 3, 1, 1, 1)
+    problem = Problem("conv3d", 2, 8, 4, axes, np.dtype(np.float32), "NDHWC")
+    for special in (np.nan, np.inf):
+        first, second, _ = operands(rng, problem, biased=False)
+        first[1, 0, 2, 3], second[3, 0, 1, 2, 5] = special, special
+        want = rounded(relation.result(problem, first, second), "float32")
+        assert 0 < np.isfinite(want).sum() < want.size
+        for schedule in landed.candidates(problem, MACHINE):
+            got = run(plan_of(problem, schedule), first, second, None)
+            assert np.array_equal(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layout": "NCDHW"}, {"dtype": np.dtype("complex64")}, {"dtype": np.dtype("float16")}, {"cin": 1}]
+)
+def test_what_it_leaves_to_others(change):
+    """Layouts and dtypes without such products, and products of vectors."""
+    problem = Problem("conv3d", 1, 8, 4, (AXES[0],) * 3, np.dtype(np.float32), "NDHWC")
+    assert landed.candidates(problem, MACHINE)
+    assert not landed.candidates(dataclasses.replace(problem, **change), MACHINE)
+    one = dataclasses.replace(problem, axes=(Axis(1, 3, 3),) * 3)
+    assert not landed.candidates(one, MACHINE)
+
+
+@pytest.mark.usefixtures("_far")
+@pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+def test_gathered_rows_have_the_oracles_bits(layout, dtype, monkeypatch):
+    """Transposed convolutions a tap at a time, forced to gather: every way to form the columns of few rows or many."""
+    gathered = []
+
+    def best(found, machine):
+        gathered[:] = [schedule for schedule in found if schedule.gathers]
+        return found[0]
+
+    monkeypatch.setattr(by_taps, "best", best)
+    rng = np.random.default_rng([3, *map(ord, layout + dtype)])
+    kinds = set()
+    for _ in range(25):
+        problem = drawn_problem(rng, "conv3d_transpose", dtype, layout=layout)
+        if rng.integers(2):  # a large filter beside its few rows
+            problem = dataclasses.replace(problem, batch=1, cin=64, cout=80, axes=(AXES[0], *problem.axes[1:]))
+        by_taps.schedule(problem, MACHINE)
+        first, second, bias = operands(rng, problem)
+        want = rounded(relation.result(problem, first, second, bias), dtype)
+        for i in rng.permutation(len(gathered))[:4]:
+            schedule = gathered[i]
+            kinds |= {("joined", schedule.joined), ("turned", schedule.turned > 0), ("blocks", schedule.count > 1)}
+            with told(problem, schedule):
+                assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
+    assert {("joined", True), ("joined", False), ("blocks", True)} <= kinds
+
+
+def test_shares_of_the_taps(monkeypatch):
+    """im2col adds them up, the bias once; any number of workers gives the same bits."""
+    rng = np.random.default_rng(4)
+    monkeypatch.setattr(im2col, "best", lambda found, machine: next(s for s in found[::-1] if s.shares > 1))
+    for _ in range(20):
+        problem = drawn_problem(rng, "conv3d", "float32", groups=int(rng.integers(1, 3)))
+        if np.prod(problem.kernel) == 1:
+            continue
+        schedule = im2col.schedule(problem, MACHINE)
+        first, second, bias = operands(rng, problem, biased=True)
+        want = rounded(relation.result(problem, first, second, bias), "float32")
+        for workers in (1, 2, 3):
+            plan = dataclasses.replace(plan_of(problem, schedule), workers=workers)
+            with told(problem, schedule, workers):
+                assert same_bits(run(plan, first, second, bias), want)
+
+
+def test_large_blocks_are_handed_out_first():
+    """Each once, those of a group after those of the one before; in their order where all are alike, or many."""
+    problem = Problem("conv3d", 1, 8, 4, (Axis(7, 7, 3, 1, 1, 1),) * 3, np.dtype(np.float32), "NDHWC", 2)
+    schedule = im2col.schedule(problem, MACHINE)
+    cuts = im2col.row_cuts(problem, problem.axes, 2 * 49)
+    uneven = dataclasses.replace(schedule, cuts=cuts, shares=1)
+    assert [stop - start for start, stop in cuts[1]] == [1, 2, 2, 2]
+    assert list(running.largest_first(uneven)) == [2, 3, 4, 5, 6, 7, 0, 1]
+    alike = dataclasses.replace(uneven, cuts=im2col.row_cuts(problem, problem.axes, 49))
+    assert running.largest_first(alike) == range(14)
+    many = dataclasses.replace(uneven, cuts=im2col.row_cuts(problem, problem.axes, 2))
+    assert many.count > 64
+    assert running.largest_first(many) == range(2 * many.count)
+
+
+def test_reading_ahead_reads_lines_of_any_step():
+    """Of whole matrices and of some of their columns; a large array is far."""
+    matrix = np.arange(12 * 40, dtype=np.float32).reshape(12, 40)
+    for part in (matrix, matrix[:, 3:30], matrix[::2]):
+        before = part.copy()
+        copies.read_ahead(part)
+        assert np.array_equal(part, before)
+    assert not copies.is_far(matrix)
+    assert copies.is_far(np.empty(1 << 23, np.uint8))
+
+
+def test_few_rows_beside_a_large_kernel_are_done_so():
+    """A third of the products would be with zeros: the model sees it for both operations."""
+    axes = (Axis(4, 8, 4, 2, 1, 1),) * 3
+    for operation, kind in (("conv3d", "Landed"), ("conv3d_transpose", "ByTaps")):
+        problem = Problem(operation, 1, 512, 256, axes, np.dtype(np.float32), "NDHWC")
+        plan = make_plan(problem, MACHINE, "auto", 2)
+        assert type(plan.schedule).__name__ == kind
+        assert "gathered" in plan.reason or kind == "Landed"
