@@ -1,6 +1,7 @@
 """Products of just the rows that land or lie inside, shares of the taps, and the order of blocks of unlike sizes."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -121,6 +122,11 @@ def test_gathered_rows_have_the_oracles_bits(layout, dtype, monkeypatch):
             kinds |= {("joined", schedule.joined), ("turned", schedule.turned > 0), ("blocks", schedule.count > 1)}
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
+                if not schedule.joined:  # no row is formed in vain
+                    blocks = map(schedule._program, range(schedule.count))
+                    for step in itertools.chain(*itertools.chain(*blocks)):
+                        for source, *_ in step.moves:
+                            assert source[:4] == tuple(slice(0, n) for n in step.rows.sizes)
     assert {("joined", True), ("joined", False), ("blocks", True)} <= kinds
 
 

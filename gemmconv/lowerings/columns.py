@@ -144,7 +144,7 @@ class Columns:
         """Copy the rows of a box, unless they are what is held already, and return where they are."""
         if self._gathered != box:
             copy(self._rows_of(box), self._grid[tuple(slice(*r) for r in box)])
-            self._gathered, self._held = box, None
+            self._gathered = box
         m = math.prod(box.sizes)
         return Rows(box, m, self._buffers.rows_at, m if self._buffers.channels_first else self._cin)
 
