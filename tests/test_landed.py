@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import relation
 from oracle import rounded, same_bits
-from test_filtered import MACHINE, check_blocks, plan_of
+from test_filtered import MACHINE, _buffer, check_blocks, plan_of  # noqa: F401  one is a fixture
 from test_lowerings import told
 from test_relation import operands, run
 
@@ -47,7 +47,7 @@ def _far(request, monkeypatch):
     monkeypatch.setattr(columns, "_AHEAD", 64)
 
 
-@pytest.mark.usefixtures("_far")
+@pytest.mark.usefixtures("_far", "_buffer")
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_convolutions_have_the_oracles_bits(dtype, groups, monkeypatch):
