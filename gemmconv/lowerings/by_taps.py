@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -152,9 +153,9 @@ class ByTaps(AsItLies):
         # The fewest rows of a product are a whole line, or what lands of one, unless lines are cut.
         fewest = self.axes[2].coarse if len(self.cuts[3]) == 1 else 1
         if self.gathers and fewest > 1:
-            fewest = min(_landing(self.axes[2], self.phases[2]))
+            fewest = min(_landing(self.axes[2], self.phases[2]), default=1)
         taps = self.cuts[4].shortest, self.taps * self.channels
-        if self.turned or never_packed(self.problem, (fewest, self.rows), taps, tap_major=False):
+        if self.turned or never_packed(self.problem, (fewest, self.rows), taps, False, self.gathers):
             return LARGEST
         return self.rows * self.taps * self.channels * self.depth
 
@@ -186,11 +187,10 @@ class ByTaps(AsItLies):
         # A row of the output is contiguous where all its lanes, phases and channels are stored together.
         stored = row if w.stride == self.lanes and len(self.cuts[4]) == 1 else self.channels
         steps = gemms * self.taps // self.lanes
-        total = (
-            gemms * pieces * formed_s(problem, formed, n / pieces, tap_major=False, turned=self.turned, spilled=spilled)
-        )
+        of_rows = partial(formed_s, problem, formed, tap_major=False, turned=self.turned, gathers=self.gathers)
+        total = gemms * pieces * of_rows(n / pieces, spilled=spilled)
         if self.gathers:
-            total += gemms * copy_s(formed * problem.cin, problem.cin, steps=2, spilled=True)
+            total += gemms * copy_s(formed * problem.cin, problem.cin, steps=2, spilled=True, strided=scattered)
         total += packing_s(problem, self.packed_values * TURNED_VALUE_S)
         if self.direct:
             if scattered:
@@ -416,7 +416,9 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     if unpacked(problem) and not widens:
         turned = ((*shape, tile_columns(Cut(problem.cout, shape[0]), problem.cin)) for shape in shapes)
         ways += [way for way in turned if way[2]]
-    gathers = (False, True) if min(map(_landed, axes, found)) < 1 and not widens else (False,)
+    # Rows with channels first are turned as they are gathered, for products of lines.
+    may_gather = not widens and (problem.layout == "NCDHW" or min(map(_landed, axes, found)) < 1)
+    gathers = (False, True) if may_gather else (False,)
     return best([candidate(r, *way, g) for r in rows for way in ways for g in gathers], machine)
 
 

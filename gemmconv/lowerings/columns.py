@@ -56,7 +56,7 @@ class Buffers:
     """What columns take of a workspace, kept for later calls: the columns, and what is widened, turned or added.
 
     Columns of up to so many rows and rows of the filter lie [row, tap] or, `tap_major`, [tap, row]. With `gathers` the
-    rows of any box are copied to `rows`, one beside the other.
+    rows of any box are copied to `rows`, one beside the other, with channels last whatever the layout.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Buffers:
         )
         # Asking an array for its address costs about as much as a small addition.
         self.columns_at, self.rows_at, self.taps_at = map(address, (self.columns, self.rows, self.taps))
-        self.channels_first = problem.layout == "NCDHW"
+        self.channels_first = problem.layout == "NCDHW" and not gathers
         self.few = few_rows(problem) and not turned
-        self.lines = by_lines(problem, rows, taps, tap_major)
+        self.lines = by_lines(problem, rows, taps, tap_major, gathers)
         self.unpacked = self.channels_first and tap_major and not widens and not turned and unpacked(problem)
 
     def seen(self, index: int | None, make: Callable[[], T]) -> T:
@@ -145,8 +145,7 @@ class Columns:
         if self._gathered != box:
             copy(self._rows_of(box), self._grid[tuple(slice(*r) for r in box)])
             self._gathered = box
-        m = math.prod(box.sizes)
-        return Rows(box, m, self._buffers.rows_at, m if self._buffers.channels_first else self._cin)
+        return Rows(box, math.prod(box.sizes), self._buffers.rows_at, self._cin)
 
     def form(self, rows: Rows, pieces: Sequence[Piece], ld: int) -> None:
         """Form the columns of rows and of pieces of the filter, with `ld` values from line to line."""
@@ -222,9 +221,8 @@ class Columns:
 
     def _rows_of(self, box: Box) -> Array:
         """Return where the rows of a box are gathered."""
-        batch, *sizes = box.sizes
         values = self._buffers.rows[: math.prod(box.sizes) * self._cin]
-        return five(self._buffers.problem.layout, values, batch, sizes, self._cin)
+        return values.reshape(*box.sizes, self._cin)
 
     def _as_columns(self, rows: Rows) -> Array:
         """Return the rows of a hull turned to columns, unless they are what is held already."""
@@ -259,15 +257,15 @@ def few_rows(problem: Problem) -> bool:
     )
 
 
-def never_packed(problem: Problem, rows: Range, taps: Range, tap_major: bool) -> bool:
+def never_packed(problem: Problem, rows: Range, taps: Range, tap_major: bool, gathers: bool = False) -> bool:
     """Whether columns of such numbers of rows, and of rows of the filter, are all formed without packing."""
     few = few_rows(problem) and _large(rows[0], taps[0], problem.cin)
-    return few or (min(rows[0], taps[0]) > 1 and by_lines(problem, rows[1], taps[1], tap_major))
+    return few or (min(rows[0], taps[0]) > 1 and by_lines(problem, rows[1], taps[1], tap_major, gathers))
 
 
-def by_lines(problem: Problem, rows: int, taps: int, tap_major: bool) -> bool:
+def by_lines(problem: Problem, rows: int, taps: int, tap_major: bool, gathers: bool = False) -> bool:
     """Whether columns of so many rows, and of rows of the filter, are formed of lines sooner than by GEMM."""
-    known = problem.layout == "NDHWC" and unpacked(problem) and not must_widen(problem)
+    known = (problem.layout == "NDHWC" or gathers) and unpacked(problem) and not must_widen(problem)
     return known and _sooner_by_lines(rows, taps, problem.cin, tap_major)
 
 
@@ -304,7 +302,16 @@ def columns_values(
     return [columns, rows * cin * gathers, 0, 0, 0, parts_values(taps, rows, cin, item) if by_columns else 0]
 
 
-def formed_s(problem: Problem, m: float, n: float, *, tap_major: bool, turned: int = 0, spilled: bool = False) -> float:
+def formed_s(
+    problem: Problem,
+    m: float,
+    n: float,
+    *,
+    tap_major: bool,
+    turned: int = 0,
+    spilled: bool = False,
+    gathers: bool = False,
+) -> float:
     """Return the time to form the columns of m rows and n rows of the filter; `spilled` says that they leave cache."""
     written = m * n * SPILLED_VALUE_S if spilled else 0.0
     if turned:
@@ -313,6 +320,6 @@ def formed_s(problem: Problem, m: float, n: float, *, tap_major: bool, turned: i
         return few_s(m, n, problem.cin) + written
     if problem.layout == "NCDHW" and tap_major and m >= _VECTOR and unpacked(problem) and not must_widen(problem):
         return unpacked_s(n, m, problem.cin) + written
-    if by_lines(problem, round(m), round(n), tap_major):
+    if by_lines(problem, round(m), round(n), tap_major, gathers):
         return lines_s(m, n, problem.cin) + written
     return gemm_s(m, n, problem.cin, tap_major=tap_major) + written
