@@ -127,7 +127,7 @@ class Part:
         try:
             seconds = running.run(
                 schedule, self.plan.problem, self.plan.machine, workers, operands[0], operands[1], result,
-                progress=progress, excerpt=excerpt,
+                needed=self.plan._needs, progress=progress, excerpt=excerpt,
             )  # fmt: skip
         except NotFiniteError:
             return False

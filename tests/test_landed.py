@@ -13,6 +13,7 @@ from test_relation import operands, run
 
 from gemmconv import running
 from gemmconv.lowerings import by_taps, columns, copies, im2col, landed, products
+from gemmconv.lowerings.boxes import Cut
 from gemmconv.plan import make_plan
 from gemmconv.problem import Axis, Problem
 
@@ -41,10 +42,20 @@ def _small(monkeypatch):
 
 @pytest.fixture(params=[True, False])
 def _far(request, monkeypatch):
-    """Take every filter for one that comes from memory, or none."""
+    """Take every filter for one that comes from memory and is worth shares, or none."""
+    read = []
+
+    def read_ahead(matrix):
+        read.append(matrix.shape)
+        copies.read_ahead(matrix)
+
     for module in (columns, landed):
         monkeypatch.setattr(module, "is_far", lambda array: request.param)
+        monkeypatch.setattr(module, "read_ahead", read_ahead)
     monkeypatch.setattr(columns, "_AHEAD", 64)
+    monkeypatch.setattr(im2col, "_LARGE_FILTER", 0)
+    yield
+    assert bool(read) == (request.param and request.node.callspec.params["dtype"] != "complex64")
 
 
 @pytest.mark.usefixtures("_far", "_buffer")
@@ -59,14 +70,29 @@ def test_convolutions_have_the_oracles_bits(dtype, groups, monkeypatch):
         problem = drawn_problem(rng, "conv3d", dtype, groups)
         first, second, bias = operands(rng, problem)
         want = rounded(relation.result(problem, first, second, bias), dtype)
-        for schedule in landed.candidates(problem, MACHINE):
+        for schedule in landed.candidates(problem):
             shares.add(schedule.shares)
             blocks.add(min(2, schedule.count // schedule.shares))
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
                 if schedule.shares == groups == 1 and dtype == "float32":
                     check_blocks(rng, problem, schedule)
-    assert shares == blocks == {1, 2}
+    assert shares == ({1, 2} if groups == 1 else {1})
+    assert blocks == {1, 2}
+
+
+def test_the_fewest_positions_that_a_tap_reaches():
+    """Of every block, found one by one."""
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        coarse, fine, kernel, chunk = (int(n) for n in rng.integers(1, 12, size=4))
+        stride, dilation, lo = (int(n) for n in rng.integers((1, 1, -9), (4, 4, 10)))
+        axis, cut = Axis(coarse, fine, kernel, stride, dilation, lo), Cut(coarse, chunk)
+        rows = [[(i * stride + tap * dilation - lo) in range(fine) for i in range(coarse)] for tap in range(kernel)]
+        every = [sum(of_tap[start:stop]) for of_tap in rows for start, stop in cut]
+        assert landed._fewest(axis, cut) <= min((n for n in every if n), default=0)
+        whole = all(any(of_tap) for of_tap in rows) and len(cut) == 1
+        assert not whole or landed._fewest(axis, cut) == min(every)
 
 
 def test_not_finite_values_reach_what_they_reach():
@@ -79,7 +105,7 @@ def test_not_finite_values_reach_what_they_reach():
         first[1, 0, 2, 3], second[3, 0, 1, 2, 5] = special, special
         want = rounded(relation.result(problem, first, second), "float32")
         assert 0 < np.isfinite(want).sum() < want.size
-        for schedule in landed.candidates(problem, MACHINE):
+        for schedule in landed.candidates(problem):
             got = run(plan_of(problem, schedule), first, second, None)
             assert np.array_equal(got, want, equal_nan=True)
 
@@ -90,10 +116,10 @@ def test_not_finite_values_reach_what_they_reach():
 def test_what_it_leaves_to_others(change):
     """Layouts and dtypes without such products, and products of vectors."""
     problem = Problem("conv3d", 1, 8, 4, (AXES[0],) * 3, np.dtype(np.float32), "NDHWC")
-    assert landed.candidates(problem, MACHINE)
-    assert not landed.candidates(dataclasses.replace(problem, **change), MACHINE)
+    assert landed.candidates(problem)
+    assert not landed.candidates(dataclasses.replace(problem, **change))
     one = dataclasses.replace(problem, axes=(Axis(1, 3, 3),) * 3)
-    assert not landed.candidates(one, MACHINE)
+    assert not landed.candidates(one)
 
 
 @pytest.mark.usefixtures("_far")
@@ -101,19 +127,30 @@ def test_what_it_leaves_to_others(change):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
 def test_gathered_rows_have_the_oracles_bits(layout, dtype, monkeypatch):
     """Transposed convolutions a tap at a time, forced to gather: every way to form the columns of few rows or many."""
-    gathered = []
+    gathered, formed = [], set()
 
     def best(found, machine):
         gathered[:] = [schedule for schedule in found if schedule.gathers]
         return found[0]
 
+    def told_of(name):
+        was = getattr(columns.Columns, name)
+
+        def call(self, *args, **kwargs):
+            formed.add(name)
+            return was(self, *args, **kwargs)
+
+        monkeypatch.setattr(columns.Columns, name, call)
+
+    for name in ("_form_lines", "_form_across", "_multiply"):
+        told_of(name)
     monkeypatch.setattr(by_taps, "best", best)
     rng = np.random.default_rng([3, *map(ord, layout + dtype)])
     kinds = set()
     for _ in range(25):
         problem = drawn_problem(rng, "conv3d_transpose", dtype, layout=layout)
         if rng.integers(2):  # a large filter beside its few rows
-            problem = dataclasses.replace(problem, batch=1, cin=64, cout=80, axes=(AXES[0], *problem.axes[1:]))
+            problem = dataclasses.replace(problem, batch=1, cin=256, cout=160, axes=(AXES[0], *problem.axes[1:]))
         by_taps.schedule(problem, MACHINE)
         first, second, bias = operands(rng, problem)
         want = rounded(relation.result(problem, first, second, bias), dtype)
@@ -128,23 +165,49 @@ def test_gathered_rows_have_the_oracles_bits(layout, dtype, monkeypatch):
                         for source, *_ in step.moves:
                             assert source[:4] == tuple(slice(0, n) for n in step.rows.sizes)
     assert {("joined", True), ("joined", False), ("blocks", True)} <= kinds
+    assert (("turned", True) in kinds) == (dtype != "complex64")
+    real = {"_form_lines"} | ({"_form_across"} if layout == "NDHWC" else set())
+    assert formed >= {"_multiply"} | (set() if dtype == "complex64" else real)
 
 
-def test_shares_of_the_taps(monkeypatch):
-    """im2col adds them up, the bias once; any number of workers gives the same bits."""
-    rng = np.random.default_rng(4)
+@pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
+def test_shares_of_the_taps(layout, monkeypatch):
+    """im2col adds them up, the bias once; any number of workers gives the same bits, with NaN where it belongs."""
+    rng = np.random.default_rng([4, *map(ord, layout)])
     monkeypatch.setattr(im2col, "best", lambda found, machine: next(s for s in found[::-1] if s.shares > 1))
-    for _ in range(20):
-        problem = drawn_problem(rng, "conv3d", "float32", groups=int(rng.integers(1, 3)))
+    monkeypatch.setattr(im2col, "_LARGE_FILTER", 0)
+    uneven = set()
+    for number in range(20):
+        problem = drawn_problem(rng, "conv3d", "float32", layout=layout)
         if np.prod(problem.kernel) == 1:
             continue
         schedule = im2col.schedule(problem, MACHINE)
         first, second, bias = operands(rng, problem, biased=True)
+        if number % 4 == 0:
+            second.flat[rng.integers(second.size)] = np.nan
         want = rounded(relation.result(problem, first, second, bias), "float32")
-        for workers in (1, 2, 3):
-            plan = dataclasses.replace(plan_of(problem, schedule), workers=workers)
-            with told(problem, schedule, workers):
-                assert same_bits(run(plan, first, second, bias), want)
+        plans = [dataclasses.replace(plan_of(problem, schedule), workers=workers) for workers in (1, 2, 3)]
+        for plan in plans:
+            with told(problem, schedule, plan.workers):
+                assert np.array_equal(run(plan, first, second, bias), want, equal_nan=True)
+        first, second = (rng.standard_normal(array.shape, np.float32) for array in (first, second))
+        one, *others = (run(plan, first, second, bias) for plan in plans)
+        assert all(same_bits(one, other) for other in others)
+        taps = [im2col._many(schedule._share(share)) for share in range(2)]
+        assert sum(taps) == np.prod(problem.kernel)
+        uneven.add(max(taps) / min(taps))
+    assert max(uneven) <= 2
+
+
+def test_shares_are_even_and_for_large_filters_of_one_group():
+    """Of 27 taps 12 and 15; small filters are done sooner than a second worker begins, groups are blocks anyway."""
+    axes = (Axis(1, 3, 3),) * 3
+    problem = Problem("conv3d", 1, 512, 512, axes, np.dtype(np.float32), "NDHWC")
+    schedule = im2col.schedule(problem, MACHINE)
+    assert [im2col._many(schedule._share(share)) for share in range(schedule.shares)] == [12, 15]
+    assert im2col.share_counts(problem) == [1, 2]
+    for change in ({"cin": 32}, {"groups": 2}, {"batch": 256}, {"axes": (Axis(1, 1, 1),) * 3}):
+        assert im2col.share_counts(dataclasses.replace(problem, **change)) == [1]
 
 
 def test_large_blocks_are_handed_out_first():
@@ -162,8 +225,8 @@ def test_large_blocks_are_handed_out_first():
     assert running.largest_first(many) == range(2 * many.count)
 
 
-def test_reading_ahead_reads_lines_of_any_step():
-    """Of whole matrices and of some of their columns; a large array is far."""
+def test_reading_ahead_takes_lines_of_any_step():
+    """Of whole matrices and of some of their columns, and changes nothing; a large array is far."""
     matrix = np.arange(12 * 40, dtype=np.float32).reshape(12, 40)
     for part in (matrix, matrix[:, 3:30], matrix[::2]):
         before = part.copy()

@@ -77,6 +77,11 @@ class Cut(Sequence[Range]):
     def __repr__(self) -> str:
         return f"Cut({self.size} in {self.parts})"
 
+    def around(self, position: int) -> Range:
+        """Return the range that holds a position."""
+        found: Range = self[((position + 1) * self.parts - 1) // self.size]
+        return found
+
     @property
     def longest(self) -> int:
         """The length of the longest range."""

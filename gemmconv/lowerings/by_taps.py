@@ -93,7 +93,7 @@ class ByTaps(AsItLies):
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
     turned: int  # the columns of the tiles of a filter that is packed, for products that BLAS does not pack; or 0
-    gathers: bool  # whether the rows that land are copied, and not all rows between them taken too
+    gathers: bool  # whether the rows that land are copied: joined, those of all taps of W
     programs: dict[int, list[list[Step]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -190,7 +190,8 @@ class ByTaps(AsItLies):
         of_rows = partial(formed_s, problem, formed, tap_major=False, turned=self.turned, gathers=self.gathers)
         total = gemms * pieces * of_rows(n / pieces, spilled=spilled)
         if self.gathers:
-            total += gemms * copy_s(formed * problem.cin, problem.cin, steps=2, spilled=True, strided=scattered)
+            copied = copy_s(formed * problem.cin, problem.cin, steps=2, spilled=True, strided=scattered)
+            total += max(self.count, boxes * self._gathers) * copied
         total += packing_s(problem, self.packed_values * TURNED_VALUE_S)
         if self.direct:
             if scattered:
@@ -206,7 +207,16 @@ class ByTaps(AsItLies):
     def _formed(self) -> float:
         """The part of the products of all rows that is formed: of hulls, those of the rows between are too."""
         landed = [_landed(axis, of_axis) for axis, of_axis in zip(self.axes, self.phases, strict=True)]
-        return math.prod(landed if self.gathers else landed[: min(2, self.whole_behind)])
+        lines = 2 if self.joined else 3  # all taps of W take the same rows
+        return math.prod(landed[:lines] if self.gathers else landed[: min(2, self.whole_behind)])
+
+    @property
+    def _gathers(self) -> int:
+        """How often rows are gathered for a box of the output: not anew for the next tap if the same rows land."""
+        kernels = [axis.kernel for axis in self.axes]
+        kernels[2] //= self.taps
+        cut = [i for i, of in enumerate(self.axes) if _landed(of, self.phases[i]) < 1]
+        return math.prod(kernels[: max(cut, default=-1) + 1])
 
     @property
     def reason(self) -> str:
@@ -416,8 +426,8 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     if unpacked(problem) and not widens:
         turned = ((*shape, tile_columns(Cut(problem.cout, shape[0]), problem.cin)) for shape in shapes)
         ways += [way for way in turned if way[2]]
-    # Rows with channels first are turned as they are gathered, for products of lines.
-    may_gather = not widens and (problem.layout == "NCDHW" or min(map(_landed, axes, found)) < 1)
+    # For products of lines: rows with channels first are turned as they are gathered, others begin with cache lines.
+    may_gather = not widens and (unpacked(problem) or problem.layout == "NCDHW" or min(map(_landed, axes, found)) < 1)
     gathers = (False, True) if may_gather else (False,)
     return best([candidate(r, *way, g) for r in rows for way in ways for g in gathers], machine)
 

@@ -18,7 +18,7 @@ import numpy as np
 from gemmconv.lowerings.base import Array, Operands, Workspace, address, five, must_widen
 from gemmconv.lowerings.boxes import Box, Cut, Range
 from gemmconv.lowerings.copies import copy, copy_turned, is_far, read_ahead
-from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, lines_s, unpacked_s
+from gemmconv.lowerings.cost import SPILLED_VALUE_S, few_s, gemm_s, lines_s, read_s, unpacked_s
 from gemmconv.lowerings.products import lines_fit, multiply, multiply_lines, multiply_tiles, parts_values, unpacked
 from gemmconv.problem import Axis, Problem
 
@@ -266,12 +266,12 @@ def never_packed(problem: Problem, rows: Range, taps: Range, tap_major: bool, ga
 def by_lines(problem: Problem, rows: int, taps: int, tap_major: bool, gathers: bool = False) -> bool:
     """Whether columns of so many rows, and of rows of the filter, are formed of lines sooner than by GEMM."""
     known = (problem.layout == "NDHWC" or gathers) and unpacked(problem) and not must_widen(problem)
-    return known and _sooner_by_lines(rows, taps, problem.cin, tap_major)
+    return known and _sooner_by_lines(rows, taps, problem.cin, tap_major, gathers)
 
 
 @lru_cache(maxsize=4096)
-def _sooner_by_lines(m: int, n: int, k: int, tap_major: bool) -> bool:
-    return lines_fit(m, n, k) and lines_s(m, n, k) < gemm_s(m, n, k, tap_major=tap_major)
+def _sooner_by_lines(m: int, n: int, k: int, tap_major: bool, aligned: bool) -> bool:
+    return lines_fit(m, n, k) and lines_s(m, n, k, aligned=aligned) < gemm_s(m, n, k, tap_major=tap_major)
 
 
 def _large(rows: int, channels: int, cin: int) -> bool:
@@ -298,7 +298,7 @@ def columns_values(
         return [columns, rows * cin * gathers, *[0] * 4]
     if few_rows(problem):
         return [columns, rows * cin * gathers, 0, rows * cin, columns, parts_values(taps, rows, cin, item)]
-    by_columns = problem.layout == "NCDHW" and unpacked(problem)
+    by_columns = problem.layout == "NCDHW" and unpacked(problem) and not gathers
     return [columns, rows * cin * gathers, 0, 0, 0, parts_values(taps, rows, cin, item) if by_columns else 0]
 
 
@@ -314,12 +314,13 @@ def formed_s(
 ) -> float:
     """Return the time to form the columns of m rows and n rows of the filter; `spilled` says that they leave cache."""
     written = m * n * SPILLED_VALUE_S if spilled else 0.0
+    read = read_s(n * problem.cin, math.prod(problem.filter_shape) // problem.groups)
     if turned:
-        return unpacked_s(m, n, problem.cin) + written
+        return unpacked_s(m, n, problem.cin) + read + written
     if few_rows(problem) and m > 1:
         return few_s(m, n, problem.cin) + written
     if problem.layout == "NCDHW" and tap_major and m >= _VECTOR and unpacked(problem) and not must_widen(problem):
-        return unpacked_s(n, m, problem.cin) + written
+        return unpacked_s(n, m, problem.cin, apart=math.prod(problem.coarse)) + read + written
     if by_lines(problem, round(m), round(n), tap_major, gathers):
-        return lines_s(m, n, problem.cin) + written
+        return lines_s(m, n, problem.cin, aligned=gathers) + written
     return gemm_s(m, n, problem.cin, tap_major=tap_major) + written

@@ -49,7 +49,7 @@ def copy_turned(to: Array, source: Array) -> None:
 
 
 def is_far(array: Array) -> bool:
-    """Whether an array is so large that it comes from memory whenever it is read."""
+    """Whether an array is so large that much of it comes from memory, or from a cache that all cores share."""
     return array.nbytes >= _FAR
 
 

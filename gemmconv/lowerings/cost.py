@@ -16,18 +16,25 @@ from gemmconv.problem import Problem
 _GEMM_FLOPS_PER_S = 135e9
 _HALF_M, _HALF_N, _HALF_K = 31, 11, 9
 # Small products one after the other in a single step, without packing, and the k at which half of it is reached.
-_SMALL_FLOPS_PER_S, _SMALL_HALF_K = 145e9, 6
+_SMALL_FLOPS_PER_S, _SMALL_HALF_K = 138e9, 6
 # Of small products whose rows are in vectors: the m at which half of it is reached, the n up to which it takes as long
 # as for that, and what a value of rows costs more that BLAS packs.
 _SMALL_HALF_M, _FEWEST_CHANNELS, _PACKED_POSITION_S = 24, 4, 0.2e-9
 # The same for products of lines of both operands, and the m and n at which half of it is reached.
-_LINES_FLOPS_PER_S, _LINES_HALF_MN, _LINES_HALF_K = 140e9, 2, 32
+_LINES_FLOPS_PER_S, _LINES_HALF_MN, _LINES_HALF_K = 138e9, 2, 32
+# What such products take more where lines push each other out of the first cache, so many bytes apart or a multiple,
+# and where no operand's lines begin with cache lines.
+_CONFLICT, _CONFLICTING, _MISALIGNED = 2048, 1.1, 1.1
+# What small products of a matrix B as it lies take more than of one packed to tiles: where its lines are longer than
+# those of a tile, where it does not stay in cache, and where they are a page apart.
+_TILE_VALUES, _LONG_LINES, _KEPT_VALUES, _NOT_KEPT, _PAGE, _PAGES_APART = 64, 1.2, 1 << 17, 1.4, 4096, 1.3
 # A value of rows that GEMM packs to form columns [tap, row], of few taps.
 _PACKED_ROW_S = 0.55e-9
 # A value of a matrix that is read once, from memory.
 _STREAMED_VALUE_S = 0.25e-9
-# A value of a large filter that small products read once.
-_READ_VALUE_S = 0.1e-9
+# A value of a filter that small products read once, and one of so many that they come from memory, unless those are
+# read ahead.
+_READ_VALUE_S, _FAR_VALUE_S, _FAR_VALUES = 0.1e-9, 0.45e-9, 1 << 21
 # A step in Python: one GEMM call, and one addition or copy with the slices it needs. More than it takes alone: threads
 # that take steps in turn wait for each other.
 _STEP_S, _PASS_STEP_S = 5e-6, 3e-6
@@ -98,20 +105,31 @@ def gemm_s(m: float, n: float, k: float, *, spilled: bool = False, tap_major: bo
     return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
 
 
-def unpacked_s(m: float, n: float, k: float, parts: int = 0) -> float:
-    """Return the time of a product that is not packed, in one step and one more for each part that is added."""
-    return (2 + parts) * _STEP_S + parts * m * n * 3 * _VALUE_S + 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
+def unpacked_s(m: float, n: float, k: float, parts: int = 0, *, apart: int = 0) -> float:
+    """Return the time of a product that is not packed, in one step and one more for each part that is added.
+
+    `apart` are values from line to line of B as it lies, of four bytes; 0 if it is packed to tiles.
+    """
+    product_s = 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
+    if apart:
+        product_s *= _NOT_KEPT if n * k > _KEPT_VALUES else _LONG_LINES if apart > _TILE_VALUES else 1
+        product_s *= 1 if apart * 4 % _PAGE else _PAGES_APART
+    return (2 + parts) * _STEP_S + parts * m * n * 3 * _VALUE_S + product_s
 
 
-def lines_s(m: float, n: float, k: float, *, steps: int = 1) -> float:
-    """Return the time of a product of m lines and n lines of a filter, as they lie."""
+def lines_s(m: float, n: float, k: int, *, steps: int = 1, aligned: bool = False) -> float:
+    """Return the time of a product of m lines and n lines of a filter, as they lie.
+
+    With `aligned` the m lines begin with cache lines.
+    """
     products = (m + _LINES_HALF_MN) * (n + _LINES_HALF_MN) * (k + _LINES_HALF_K)
+    products *= (1 if k * 4 % _CONFLICT else _CONFLICTING) * (1 if aligned else _MISALIGNED)
     return steps * _STEP_S + read_s(n * k) + 2 * products / _LINES_FLOPS_PER_S
 
 
-def read_s(values: float) -> float:
-    """Return the time to read values of a large filter for products of few rows."""
-    return values * _READ_VALUE_S
+def read_s(values: float, whole: int = 0) -> float:
+    """Return the time to read values of a filter for small products; `whole` values if it is not read ahead."""
+    return values * (_FAR_VALUE_S if whole >= _FAR_VALUES else _READ_VALUE_S)
 
 
 def packed_lines_s(values: float) -> float:

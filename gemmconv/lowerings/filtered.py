@@ -22,7 +22,7 @@ import numpy as np
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit
 from gemmconv.lowerings.copies import copy_turned
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s, unpacked_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s, read_s, unpacked_s
 from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
@@ -214,6 +214,7 @@ class Filtered(Tiling):
             for first, second in product(*self.lines):
                 points = first.points * second.points
                 total += n * unpacked_s(points * landed / sizes[4], sizes[4], problem.cin)
+                total += n * read_s(first.filters * second.filters * sizes[4] * problem.cin, self.packed_values)
                 total += (n - 1) * pass_s(points * landed, points * landed)
                 passes = 2 * (first.points - r_a), 2 * (second.points - r_b)
                 total += passes[0] * pass_s(r_b * sums, sums) + passes[1] * pass_s(first.points * sums, sums)

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s, unpacked_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s, read_s, unpacked_s
 from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
 from gemmconv.lowerings.phases import phases
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
@@ -230,6 +230,7 @@ class FilteredConv(Tiling):
                     total += pass_s(math.prod(shape), run)
             points, taps = math.prod(family.points), math.prod(family.taps)
             total += taps * unpacked_s(points * sums / sizes[4], sizes[4], cells[-1])
+            total += taps * read_s(points * sizes[4] * cells[-1], self.packed_values)
             added = taps - (number == 0)
             total += added * pass_s(points * sums, sums)
             steps += taps + added

@@ -10,8 +10,10 @@ are few and taps many, blocks have a share of the taps: each forms a result of i
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +47,10 @@ _COLUMNS_SHARE, _UNPACKED_SHARE, _SPILLED_SHARE, _GRID_SHARE = 0.4, 2.0, 0.5, 2.
 _SHORT = 32
 # Blocks of whole planes of the result that are weighed too, by how many of them there are.
 _BLOCKS = range(2, 9)
-# Shares of the taps that are weighed too, where they take no more bytes: with 4, calls of 1 ms were slower.
-_SHARES, _MOST_SHARED = 2, 1 << 18
+# Shares of the taps that are weighed too, the most bytes that they take, and the fewest of a filter: less is done
+# before a second worker has begun. In how many pieces the taps of a share are copied.
+_SHARES, _MOST_SHARED, _LARGE_FILTER = 2, 1 << 18, 1 << 23
+_PIECES = (1, 2, 4)
 
 
 class Block(NamedTuple):
@@ -68,6 +72,7 @@ class Im2Col:
     taps: tuple[Taps, ...]  # of the GEMMs of a block
     grid: int  # values
     tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
+    unpacked: bool  # whether products are formed of small ones that BLAS does not pack
     shares: int = 1  # of the taps
 
     @property
@@ -105,6 +110,12 @@ class Im2Col:
         """The most taps of a GEMM."""
         return max(math.prod(stop - start for start, stop in box) for box in self.taps)
 
+    def _share(self, index: int) -> tuple[Taps, ...]:
+        """Return the boxes of taps of a share: as many taps as in the others, if boxes allow."""
+        ends = list(accumulate(_many([box]) for box in self.taps))
+        start, stop = (bisect_right(ends, ends[-1] * i // self.shares) for i in (index, index + 1))
+        return self.taps[start:stop]
+
     @property
     def direct(self) -> bool:
         """Whether sums are formed in the result."""
@@ -113,7 +124,7 @@ class Im2Col:
     @property
     def largest_product(self) -> int:
         least = min(math.prod(cut.shortest for cut in self.cuts), self.channels.shortest)
-        if least > 1 and unpacked(self.problem):
+        if least > 1 and self.unpacked:
             return LARGEST
         return self.rows * self.channels.longest * self.deep * self.problem.cout
 
@@ -126,7 +137,7 @@ class Im2Col:
     @property
     def _parts(self) -> int:
         """The values that parts of unpacked products take."""
-        if not unpacked(self.problem):
+        if not self.unpacked:
             return 0
         item = self.problem.compute_dtype.itemsize
         deep = {math.prod(stop - start for start, stop in box) * self.problem.cout for box in self.taps}
@@ -168,7 +179,8 @@ class Im2Col:
         item = problem.compute_dtype.itemsize
         streamed = math.prod(problem.filter_shape) * item > machine.l2_bytes
         total = 0.0
-        for box in self.taps:
+        # The largest share, as often as there are shares.
+        for box in max((self._share(i) for i in range(self.shares)), key=_many) * self.shares:
             taps = math.prod(stop - start for start, stop in box)
             values = rows * taps * problem.cout
             if self.grid or not self.padded:
@@ -179,12 +191,13 @@ class Im2Col:
                 each = copy_s(values, run, steps=4 * taps, spilled=True, strided=strided(w, self.tap_major))
                 total += each + copy_s(values, values)
             k = taps * problem.cout
-            if min(rows, n) > 1 and unpacked(problem):
-                total += unpacked_s(rows, n, k, parts_of(*self._sizes, k, item, len(self.taps) > 1))
+            if min(rows, n) > 1 and self.unpacked:
+                parts = parts_of(*self._sizes, k, item, len(self.taps) > 1)
+                total += unpacked_s(rows, n, k, parts, apart=0 if problem.layout == "NCDHW" else problem.pitch)
                 if values * item > machine.l2_bytes * _SPILLED_SHARE:
                     total += values * SPILLED_VALUE_S
             else:
-                total += gemm_s(rows, n, k)
+                total += gemm_s(rows, n, k, spilled=rows * n * item > machine.l2_bytes * _SPILLED_SHARE)
             if streamed and (cut or rows > 1):
                 total += streamed_s(n * k, n if cut else math.inf)
         if self.padded or rearranges(problem, w, self.tap_major):
@@ -210,7 +223,7 @@ class Im2Col:
             sums = five(problem.layout, workspace.take(m * n), rows.sizes[0], rows.sizes[1:], n)
             ld = m if channels_first else n
         start = 0 if share else operands.start(channels)
-        small = min(m, n) > 1 and unpacked(problem)
+        small = min(m, n) > 1 and self.unpacked
         if not small:
             sums[...] = start
         to = address(sums)
@@ -219,8 +232,7 @@ class Im2Col:
         taps = operands.packed if self.packs else operands.filter
         taps = taps.reshape(-1, problem.cin)[:, slice(*channels)]
         opened = windows.open(operands.value, rows, self.window)
-        mine = slice(len(self.taps) * share // self.shares, len(self.taps) * (share + 1) // self.shares)
-        for i, box in enumerate(self.taps[mine]):
+        for i, box in enumerate(self._share(share)):
             if clock:
                 clock("overhead")
             windows.copy(rows, box, opened)
@@ -269,6 +281,20 @@ class Im2Col:
         return (0, d), (0, h), (0, w)
 
 
+def _many(boxes: Sequence[Taps]) -> int:
+    """Return the taps of some boxes."""
+    return sum(math.prod(stop - start for start, stop in box) for box in boxes)
+
+
+def share_counts(problem: Problem) -> list[int]:
+    """Return in how many shares of the taps the result of a convolution may be formed."""
+    item = problem.compute_dtype.itemsize
+    shared = _SHARES * problem.batch * math.prod(problem.coarse) * problem.cin * item
+    large = math.prod(problem.filter_shape) * item >= _LARGE_FILTER and math.prod(problem.kernel) >= _SHARES
+    # Groups are blocks of their own.
+    return [1, _SHARES] if problem.groups == 1 and large and shared <= _MOST_SHARED else [1]
+
+
 def _is_direct(problem: Problem) -> bool:
     """Whether sums can be formed in the result; BLAS multiplies by a complex 1, which makes zeros of either sign."""
     return problem.dtype.kind == "f" and problem.dtype == problem.compute_dtype and not too_far(problem)
@@ -311,26 +337,28 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
     """Choose the blocks for a problem, by the cost of every cut of rows and channels."""
     axes = canonical(problem.axes)
     item = problem.compute_dtype.itemsize
-    columns = int(machine.l2_bytes * (_UNPACKED_SHARE if unpacked(problem) else _COLUMNS_SHARE)) // item
+    columns = [int(machine.l2_bytes * share) // item for share in (_COLUMNS_SHARE, _UNPACKED_SHARE)]
     most = int(machine.l2_bytes * _GRID_SHARE) // item
     d, h, w = (axis.coarse for axis in axes)
     every = problem.batch * d * h * w
 
-    def candidate(rows: int, parts: int, tap_major: bool, shares: int = 1) -> Im2Col:
+    def candidate(rows: int, parts: int, tap_major: bool, small: bool, shares: int = 1, pieces: int = 1) -> Im2Col:
         cuts = row_cuts(problem, axes, rows)
         longest = [cut.longest for cut in cuts]
         channels = Cut(problem.cin, -(-problem.cin // parts))
-        most_taps = min(columns // (math.prod(longest) * problem.cout), math.prod(problem.kernel) // shares)
+        most_taps = min(
+            columns[small] // (math.prod(longest) * problem.cout), math.prod(problem.kernel) // (shares * pieces)
+        )
         taps = tap_boxes(axes, max(1, most_taps))
         apart = phases_apart(axes[2], tap_major)
         grid = longest[0] * grid_values(axes, longest[1:], problem.kernel, apart) * problem.cout
-        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, tap_major, shares)
+        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, tap_major, small, shares)
 
     planes = [-(-n // blocks) * each for n, each in ((problem.batch, d * h * w), (d, h * w)) for blocks in _BLOCKS]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     every_rows = sorted({min(n, every) for n in (*_ROWS, *planes)})
-    found = [candidate(r, n, order) for r in every_rows for n in parts for order in orders(problem, axes[2])]
-    formed = every * problem.cin * item
-    if math.prod(problem.kernel) >= _SHARES and _SHARES * formed <= _MOST_SHARED and _is_direct(problem):
-        found += [candidate(every, 1, order, _SHARES) for order in orders(problem, axes[2])]
+    ways = list(product(orders(problem, axes[2]), (False, True) if unpacked(problem) else (False,)))
+    found = [candidate(r, n, *way) for r in every_rows for n in parts for way in ways]
+    for shares in share_counts(problem)[1:] if _is_direct(problem) else ():
+        found += [candidate(every, 1, *way, shares, pieces) for way in ways for pieces in _PIECES]
     return best(found, machine)

@@ -31,15 +31,14 @@ from gemmconv.lowerings.base import (
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, digit, located
 from gemmconv.lowerings.copies import copy, is_far, read_ahead, store
 from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s, read_s, total_s, unpacked_s
-from gemmconv.lowerings.im2col import row_cuts
+from gemmconv.lowerings.im2col import row_cuts, share_counts
 from gemmconv.lowerings.phases import reached
 from gemmconv.lowerings.products import LARGEST, multiply, parts_of, parts_values, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
-# Rows of a block and shares of the taps that are weighed, and the most bytes of shares.
+# Rows of a block that are weighed.
 _ROWS = (32, 64, 128, 256, 512, 1024)
-_SHARES, _MOST_SHARED = (1, 2), 1 << 18
 # The most taps: each is a step of its own.
 _MOST_TAPS = 1024
 
@@ -115,7 +114,8 @@ class Landed(AsItLies):
         every, blocks = problem.batch * math.prod(problem.coarse), math.prod(map(len, self.cuts))
         rows = every / blocks * self.landed
         parts = parts_of(self.rows, n, k, problem.compute_dtype.itemsize, False)
-        each = copy_s(rows * k, k, spilled=True) + unpacked_s(rows, n, k, parts) + pass_s(rows * n, n) + read_s(k * n)
+        each = copy_s(rows * k, k, spilled=True) + pass_s(rows * n, n) + read_s(k * n)
+        each += unpacked_s(rows, n, k, parts, apart=problem.pitch)
         stored = copy_s(every * n, n, steps=2 * blocks, spilled=True)
         added = copy_s(2 * every * n, n) if self.shares > 1 else 0.0
         return blocks * math.prod(problem.kernel) * each + self.shares * (stored + added)
@@ -172,7 +172,7 @@ class Landed(AsItLies):
                 yield Step(i, many, (slice(*batch), *source), (slice(None), *to))
 
 
-def candidates(problem: Problem, machine: Machine) -> list[Landed]:
+def candidates(problem: Problem) -> list[Landed]:
     """Return schedules of all cuts of rows in which no product is one of a vector."""
     axes = canonical(problem.axes)
     taps, every = math.prod(problem.kernel), problem.batch * math.prod(problem.coarse)
@@ -180,27 +180,29 @@ def candidates(problem: Problem, machine: Machine) -> list[Landed]:
         return []
     if taps > _MOST_TAPS or problem.cin == 1 or problem.cout == 1:
         return []
-    formed = every * problem.cin * problem.compute_dtype.itemsize
     found = []
     for rows in sorted({min(n, every) for n in _ROWS}):
         cuts = row_cuts(problem, axes, rows)
         fewest = math.prod(_fewest(axis, cut) for axis, cut in zip(axes, cuts[1:], strict=True)) * cuts[0].shortest
-        shares = [n for n in _SHARES if n <= taps and (n == 1 or n * formed <= _MOST_SHARED)]
         if fewest > 1:
-            found += [Landed(problem, axes, cuts, n) for n in shares]
+            found += [Landed(problem, axes, cuts, shares) for shares in share_counts(problem)]
     return found
 
 
 def _fewest(axis: Axis, cut: Cut) -> int:
     """Return with how many positions of a block a tap that reaches any reaches them at the least."""
-    every = (reached(axis, tap, rows)[0] for tap in range(axis.kernel) for rows in cut)
-    return min((rows.stop - rows.start for rows in every if rows.stop > rows.start), default=0)
+    found = []
+    for rows in (reached(axis, tap, (0, axis.coarse))[0] for tap in range(axis.kernel)):
+        # What a tap reaches follows each other: but for the first block and the last it is all of a block.
+        ends = (cut.around(at) for at in (rows.start, rows.stop - 1) if rows.start < rows.stop)
+        found += [min(stop, rows.stop) - max(start, rows.start) for start, stop in ends]
+    return min(cut.shortest, *found) if found else 0
 
 
 def schedule(problem: Problem, machine: Machine) -> Schedule:
     """Return how kn2row does a convolution: so, or line by line."""
     found: list[Schedule] = []
-    if made := candidates(problem, machine):
+    if made := candidates(problem):
         found.append(best(made, machine))
     try:
         found.append(gather.schedule(problem, machine))
