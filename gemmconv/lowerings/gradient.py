@@ -49,6 +49,7 @@ class Gradient:
     taps: tuple[Taps, ...]  # of blocks
     grid: int  # values
     tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
+    unpacked: bool  # whether products are formed of small ones that BLAS does not pack
     shares: int = 1  # of the rows
 
     packed_values = 0
@@ -96,7 +97,7 @@ class Gradient:
     @property
     def largest_product(self) -> int:
         taps = min(math.prod(stop - start for start, stop in box) for box in self.taps)
-        if min(taps * self.problem.cout, self.channels.shortest) > 1 and self._unpacked:
+        if min(taps * self.problem.cout, self.channels.shortest) > 1 and self.unpacked:
             return LARGEST
         return self.rows * self.channels.longest * self.deep * self.problem.cout
 
@@ -109,15 +110,10 @@ class Gradient:
         return workspace_bytes(values, problem.compute_dtype.itemsize)
 
     @property
-    def _unpacked(self) -> bool:
-        """Whether products are not packed: not with channels first, where BLAS has no good kernel for the operands."""
-        return self.problem.layout == "NDHWC" and unpacked(self.problem)
-
-    @property
     def _parts(self) -> int:
         """The values that parts of unpacked products take."""
         k, item = self.deep * self.problem.cout, self.problem.compute_dtype.itemsize
-        return parts_values(k, self.channels.longest, self.rows, item, True) if self._unpacked else 0
+        return parts_values(k, self.channels.longest, self.rows, item, True) if self.unpacked else 0
 
     @property
     def reason(self) -> str:
@@ -142,7 +138,10 @@ class Gradient:
                 spilled=not self.grid,
                 strided=strided(w, self.tap_major, self.grid),
             )
-            each += unpacked_s(k, n, rows, 1) if self._unpacked else gemm_s(k, n, rows)
+            if self.unpacked:
+                each += unpacked_s(k, n, rows, 1, apart=problem.pitch)
+            else:
+                each += gemm_s(k, n, rows)
             if self.grid:
                 positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)
                 each += copy_s(positions * problem.cout, w.fine, spilled=True, strided=moved)
@@ -186,7 +185,7 @@ class Gradient:
                 part, ld = widened, m if channels_first else n
             if clock:
                 clock("pack")
-            if self._unpacked and min(k, n) > 1:
+            if self.unpacked and min(k, n) > 1:
                 columns = windows.buffer[: m * k]
                 by_tap = columns.reshape(k, m) if self.tap_major else columns.reshape(m, k).T
                 multiply(by_tap, part.reshape(m, n), as_strided(sums, (k, n), (ld_sums * item, item)), parts, adds=True)
@@ -219,7 +218,7 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
     every = problem.batch * math.prod(problem.coarse)
     kernel = math.prod(problem.kernel)
 
-    def candidate(rows: int, taps: int, parts: int, tap_major: bool, shares: int) -> Gradient:
+    def candidate(rows: int, taps: int, parts: int, tap_major: bool, small: bool, shares: int) -> Gradient:
         cuts = row_cuts(problem, axes, rows)
         boxes = tap_boxes(axes, taps)
         longest = [cut.longest for cut in cuts]
@@ -228,17 +227,20 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
             values = longest[0] * grid_values(axes, longest[1:], [b - a for a, b in box], apart) * problem.cout
             grid = max(grid, values if values <= most else 0)
         channels = Cut(problem.cin, -(-problem.cin // parts))
-        return Gradient(problem, axes, cuts, channels, boxes, grid, tap_major, min(shares, math.prod(map(len, cuts))))
+        shares = min(shares, math.prod(map(len, cuts)))
+        return Gradient(problem, axes, cuts, channels, boxes, grid, tap_major, small, shares)
 
     formed = math.prod(problem.filter_shape) * item
     in_place = problem.dtype.kind == "f" and not must_widen(problem)
     of_rows = [n for n in _SHARES if n == 1 or (in_place and n * formed <= _MOST_SHARED)]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
+    # With channels first BLAS has no good kernel for the operands of small products.
+    ways = [False, True] if problem.layout == "NDHWC" and unpacked(problem) else [False]
+    every_way = list(product(parts, orders(problem, axes[2]), ways, of_rows))
     found = []
     for rows in sorted({min(n, every) for n in _ROWS}):
         most_taps = max(1, columns // (rows * problem.cout))
         wanted = {kernel, axes[1].kernel * axes[2].kernel, axes[2].kernel, 1}
         of_taps = {n for n in wanted if n <= most_taps and kernel <= n * _MOST_BOXES} or {min(kernel, most_taps)}
-        every_order = orders(problem, axes[2])
-        found += [candidate(rows, *way) for way in product(sorted(of_taps), parts, every_order, of_rows)]
+        found += [candidate(rows, taps, *way) for taps in sorted(of_taps) for way in every_way]
     return best(found, machine)
