@@ -110,7 +110,7 @@ class Gemm:
             self._matmul(m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, accumulate)
             return
         integers = self._integers
-        if m == 1 and n * k > _FAR and self.dtype.kind == "f" and (k if b_transposed else n) <= _SHORT_ROW:
+        if m == 1 and reads_matrix(self.dtype, n, k, b_transposed):
             self._einsum(n, k, a, lda if a_transposed else 1, b, ldb, b_transposed, c, accumulate)
             return
         if m == 1 and self._gemv is not None and n * k > self._serial:
@@ -198,6 +198,12 @@ def small_products() -> int:
     found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     known = all(pool["internal_api"] == "openblas" and pool["architecture"] in _SMALL_KERNELS for pool in found)
     return _SMALL_PRODUCTS if found and known else 0
+
+
+def reads_matrix(dtype: np.dtype[Any], n: int, k: int, transposed: bool) -> bool:
+    """Whether the product of one row and a matrix [k, n], or [n, k] if transposed, is formed without BLAS."""
+    far = n * k > _FAR and (k if transposed else n) <= _SHORT_ROW
+    return far and dtype.kind == "f" and _path(dtype).gemm is not None
 
 
 def describe() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from test_filtered import MACHINE, _buffer, check_blocks, plan_of  # noqa: F401 
 from test_lowerings import told
 from test_relation import operands, run
 
-from gemmconv import running
+from gemmconv import blas, running
 from gemmconv.lowerings import by_taps, columns, copies, im2col, landed, products
 from gemmconv.lowerings.boxes import Cut
 from gemmconv.plan import make_plan
@@ -208,6 +208,34 @@ def test_shares_are_even_and_for_large_filters_of_one_group():
     assert im2col.share_counts(problem) == [1, 2]
     for change in ({"cin": 32}, {"groups": 2}, {"batch": 256}, {"axes": (Axis(1, 1, 1),) * 3}):
         assert im2col.share_counts(dataclasses.replace(problem, **change)) == [1]
+
+
+@pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
+@pytest.mark.parametrize("operation", ["conv3d_transpose", "conv3d"])
+def test_a_row_beside_a_large_filter_needs_no_blas(operation, layout, monkeypatch):
+    """Where NumPy reads the filter, BLAS is not held to one thread, and not called; elsewhere it is held."""
+    axes = (Axis(1, 4, 4),) * 3
+    problem = Problem(operation, 1, 40, 30, axes, np.dtype(np.float32), layout)
+    first, second, _ = operands(np.random.default_rng(6), problem, biased=False)
+    want = rounded(relation.result(problem, first, second), "float32")
+    products_of_rows = []
+    was = blas.Gemm.__call__
+
+    def call(self, m, n, k, *args):
+        products_of_rows.append(m == 1 and blas.reads_matrix(self.dtype, n, k, args[5]))
+        was(self, m, n, k, *args)
+
+    monkeypatch.setattr(blas.Gemm, "__call__", call)
+    for far in (1 << 10, 1 << 30):
+        monkeypatch.setattr(blas, "_FAR", far)
+        schedules = {"conv3d_transpose": by_taps.schedule, "conv3d": im2col.schedule}
+        schedule = schedules[operation](problem, MACHINE)
+        products_of_rows.clear()
+        assert same_bits(run(plan_of(problem, schedule), first, second, None), want)
+        without = far == 1 << 10 and (operation, layout) != ("conv3d", "NCDHW")
+        assert products_of_rows
+        assert all(products_of_rows) == without
+        assert (schedule.largest_product == products.LARGEST) == without
 
 
 def test_large_blocks_are_handed_out_first():

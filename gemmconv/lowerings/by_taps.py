@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemmconv.blas import reads_matrix
 from gemmconv.lowerings.base import (
     Array,
     AsItLies,
@@ -156,6 +157,8 @@ class ByTaps(AsItLies):
             fewest = min(_landing(self.axes[2], self.phases[2]), default=1)
         taps = self.cuts[4].shortest, self.taps * self.channels
         if self.turned or never_packed(self.problem, (fewest, self.rows), taps, False, self.gathers):
+            return LARGEST
+        if self.rows == 1 and not self.widens and reads_matrix(self.problem.dtype, taps[0], self.depth, True):
             return LARGEST
         return self.rows * self.taps * self.channels * self.depth
 

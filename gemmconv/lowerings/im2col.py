@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemmconv.blas import reads_matrix
 from gemmconv.lowerings.base import Array, NotFiniteError, Operands, Workspace, address, canonical, five, too_far
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit, located
 from gemmconv.lowerings.by_rows import groups
@@ -126,6 +127,10 @@ class Im2Col:
         least = min(math.prod(cut.shortest for cut in self.cuts), self.channels.shortest)
         if least > 1 and self.unpacked:
             return LARGEST
+        if self.rows == 1 and self.problem.layout == "NDHWC":
+            n, k = self.channels.shortest, min(_many([box]) for box in self.taps) * self.problem.cout
+            if reads_matrix(self.problem.compute_dtype, n, k, False):
+                return LARGEST
         return self.rows * self.channels.longest * self.deep * self.problem.cout
 
     @property
