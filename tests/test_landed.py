@@ -219,6 +219,7 @@ def test_a_row_beside_a_large_filter_needs_no_blas(operation, layout, monkeypatc
     first, second, _ = operands(np.random.default_rng(6), problem, biased=False)
     want = rounded(relation.result(problem, first, second), "float32")
     products_of_rows = []
+    blas.Gemm(problem.dtype)  # which tests itself when it is first made
     was = blas.Gemm.__call__
 
     def call(self, m, n, k, *args):
