@@ -40,6 +40,15 @@ AXES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    """Say that BLAS does not pack small products, whatever it does: else there is nothing to test, nor to draw."""
+    monkeypatch.setattr(products, "small_products", lambda: 1_000_000)
+    products.tile.cache_clear()
+    yield
+    products.tile.cache_clear()
+
+
 @pytest.fixture(params=[6000, 1_000_000])
 def _small(request, monkeypatch):
     """Set the largest product that BLAS is said not to pack: rows are in one piece, or in several and what is left.
