@@ -165,7 +165,7 @@ def test_refusals(change, text):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """VALUE.npy and FILTER.npy in an empty folder, and the result: whole numbers, as chunks of Zarr arrays cut blocks."""
+    """VALUE.npy and FILTER.npy in an empty folder, and the result; whole numbers, as chunks may cut blocks."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(3)
     value, filter = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((1, 80, 64, 64, 16), (4, 4, 4, 8, 16)))
