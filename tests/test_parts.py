@@ -44,6 +44,7 @@ from test_relation import (
     random_problem,
 )
 
+from gemmconv.blas import small_products
 from gemmconv.lowerings import CannotLowerError
 from gemmconv.machine import Machine
 from gemmconv.part import Part
@@ -277,7 +278,8 @@ def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, name, monkeypat
                     off += got.size > 0
                     assert agree(problem, first, second, got, whole[part.box])
     assert off > 2, off
-    assert set(count) >= SCHEDULES.get((operation, name), set())
+    known = set() if small_products() else {"Landed"}  # which is for BLAS that does not pack small products
+    assert set(count) >= SCHEDULES.get((operation, name), set()) - known
     assert min(count.values()) > 3, count
     assert grouped > 15, grouped
 
