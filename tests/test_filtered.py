@@ -50,15 +50,13 @@ def _known(monkeypatch):
 
 
 @pytest.fixture(params=[6000, 1_000_000])
-def _small(request, monkeypatch):
+def _small(request, monkeypatch, _known):
     """Set the largest product that BLAS is said not to pack: rows are in one piece, or in several and what is left.
 
     Filters are packed by all workers, however small.
     """
     monkeypatch.setattr(products, "small_products", lambda: request.param)
     monkeypatch.setattr(running, "_LARGE_FILTER", 0)
-    products.tile.cache_clear()
-    yield
     products.tile.cache_clear()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import relation
 from oracle import rounded, same_bits
-from test_filtered import MACHINE, _buffer, check_blocks, plan_of  # noqa: F401  one is a fixture
+from test_filtered import MACHINE, _buffer, _known, check_blocks, plan_of  # noqa: F401  two are fixtures
 from test_lowerings import told
 from test_relation import operands, run
 
@@ -29,15 +29,6 @@ def drawn_problem(rng, operation, dtype, groups=1, layout="NDHWC"):
     axes = tuple(AXES[i] for i in rng.integers(len(AXES), size=3))
     cin, cout = CHANNELS[rng.integers(len(CHANNELS))]
     return Problem(operation, int(rng.integers(1, 4)), cin, cout, axes, np.dtype(dtype), layout, groups)
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    """Say that BLAS does not pack small products, whatever it does."""
-    monkeypatch.setattr(products, "small_products", lambda: 1_000_000)
-    products.tile.cache_clear()
-    yield
-    products.tile.cache_clear()
 
 
 @pytest.fixture(params=[True, False])

@@ -278,8 +278,8 @@ def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, name, monkeypat
                     off += got.size > 0
                     assert agree(problem, first, second, got, whole[part.box])
     assert off > 2, off
-    known = set() if small_products() else {"Landed"}  # which is for BLAS that does not pack small products
-    assert set(count) >= SCHEDULES.get((operation, name), set()) - known
+    lacking = set() if small_products() else {"Landed"}  # which is for BLAS that does not pack small products
+    assert set(count) >= SCHEDULES.get((operation, name), set()) - lacking
     assert min(count.values()) > 3, count
     assert grouped > 15, grouped
 

@@ -10,7 +10,7 @@ from gemmconv.problem import Problem
 # Bytes of a run that NumPy copies faster as one item.
 _SHORT_BYTES = 512
 # Bytes between lines of which half a first cache holds a few only.
-_CONFLICT = 2048
+CONFLICT = 2048
 # Bytes of an array of which most comes from memory, and of what a cache reads of it at a time.
 _FAR, _LINE = 1 << 23, 64
 
@@ -38,7 +38,7 @@ def copy_turned(to: Array, source: Array) -> None:
     Lines that begin at the same few places in their pages push each other out of the first cache: they are copied apart
     before.
     """
-    if source.strides[-2] % _CONFLICT:
+    if source.strides[-2] % CONFLICT:
         np.copyto(to, source.swapaxes(-1, -2), casting="unsafe")
         return
     lines, size = source.shape[-2:]

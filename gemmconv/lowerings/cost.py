@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from gemmconv.blas import serial_products
+from gemmconv.lowerings.copies import CONFLICT
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 
@@ -22,9 +23,9 @@ _SMALL_FLOPS_PER_S, _SMALL_HALF_K = 138e9, 6
 _SMALL_HALF_M, _FEWEST_CHANNELS, _PACKED_POSITION_S = 24, 4, 0.2e-9
 # The same for products of lines of both operands, and the m and n at which half of it is reached.
 _LINES_FLOPS_PER_S, _LINES_HALF_MN, _LINES_HALF_K = 138e9, 2, 32
-# What such products take more where lines push each other out of the first cache, so many bytes apart or a multiple,
-# and where no operand's lines begin with cache lines.
-_CONFLICT, _CONFLICTING, _MISALIGNED = 2048, 1.1, 1.1
+# What such products take more where lines push each other out of the first cache, and where no operand's lines begin
+# with cache lines.
+_CONFLICTING, _MISALIGNED = 1.1, 1.1
 # What small products of a matrix B as it lies take more than of one packed to tiles: where its lines are longer than
 # those of a tile, where it does not stay in cache, and where they are a page apart.
 _TILE_VALUES, _LONG_LINES, _KEPT_VALUES, _NOT_KEPT, _PAGE, _PAGES_APART = 64, 1.2, 1 << 17, 1.4, 4096, 1.3
@@ -123,7 +124,7 @@ def lines_s(m: float, n: float, k: int, *, steps: int = 1, aligned: bool = False
     With `aligned` the m lines begin with cache lines.
     """
     products = (m + _LINES_HALF_MN) * (n + _LINES_HALF_MN) * (k + _LINES_HALF_K)
-    products *= (1 if k * 4 % _CONFLICT else _CONFLICTING) * (1 if aligned else _MISALIGNED)
+    products *= (1 if k * 4 % CONFLICT else _CONFLICTING) * (1 if aligned else _MISALIGNED)
     return steps * _STEP_S + read_s(n * k) + 2 * products / _LINES_FLOPS_PER_S
 
 

@@ -94,12 +94,8 @@ class MecGradient:
         packed = self.largest_product > LARGEST
         for one in of.products:
             pieces = self.pieces(one.shape[2])
-            each = (
-                lines
-                * tiles
-                * pieces
-                * lines_s(of.rows, one.shape[2] / pieces, sizes.row // tiles, steps=0, aligned=True)
-            )
+            product_s = lines_s(of.rows, one.shape[2] / pieces, sizes.row // tiles, steps=0, aligned=True)
+            each = lines * tiles * pieces * product_s
             if packed:
                 each += lines * packed_lines_s(one.shape[2] * sizes.row)
             values = lines * tiles * of.rows * one.shape[2]
