@@ -8,6 +8,7 @@ not add to what is there: where k is cut the parts are added afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,11 +23,15 @@ from gemmconv.problem import Problem
 # What schedules say is their largest product if all are formed here: BLAS never uses several threads for small ones.
 LARGEST = 1
 # Rows of a product, if there can be so many; its columns, and the most that are not cut, in vectors of BLAS' kernels.
-_ROWS, _COLUMNS, _UNCUT, _VECTOR = 16, 32, 64, 16
+_ROWS, _COLUMNS, _UNCUT, _VECTOR = 12, 32, 64, 16
+# The rows that kernels form at once, of few columns or of more; others take twice as long. A step in products.
+_UNIT, _TALL, _WIDE_VECTORS, _STEP = 6, 4, 48, 400_000
 # Bytes of B that stay in cache while all rows are multiplied: one with more is cut along k, in lines as they lie, to a
 # least depth, and then to columns. Bytes of parts that are formed in one step.
 _KEPT, _PANEL, _LEAST = 1 << 19, 1 << 18, 128
 _PARTS = 1 << 18
+# The axes of a matrix in tiles.
+_TILES = 3
 # Products of lines of both operands: OpenBLAS has unpacked ones of up to 1200 results and of 32 values or more. Tiles
 # have fewer, as they can be one row and one column longer. Long lines make them small, which many rows do not bear.
 _RESULTS, _FEWEST, _WIDE = 1024, 8, 128
@@ -47,44 +52,64 @@ def unpacked(problem: Problem) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def tile(m: int, n: int, k: int, item: int) -> Tile:
-    """Return the sizes of small products for one of m by n by k of values of `item` bytes."""
+def tile(m: int, n: int, k: int, item: int, columns: int = 0) -> Tile:
+    """Return the sizes of small products for one of m by n by k of values of `item` bytes.
+
+    B lies in tiles of `columns`, or as a matrix if that is 0.
+    """
     most, few = _most(), min(m, _ROWS)
-    deepest = k if n * k * item <= _KEPT else min(k, max(_LEAST, _PANEL // (n * item)))
-    wide = [n] if n <= _UNCUT else [_UNCUT] * (n % _UNCUT == 0)
-    columns = next((c for c in wide if few * c * deepest <= most), min(n, _COLUMNS))
+    deepest = k
+    if not columns:
+        deepest = k if n * k * item <= _KEPT else min(k, max(_LEAST, _PANEL // (n * item)))
+        columns = n if n <= _UNCUT and few * n * deepest <= most else min(n, _COLUMNS)
     parts = -(-k // max(1, min(deepest, most // (few * columns))))
     # Parts of the same length are formed in one step.
     parts = next((p for p in range(parts, 2 * parts) if k % p == 0), parts)
     depth = -(-k // parts)
-    rows = min(m, max(2, most // (columns * depth)))
-    return Tile(-(-m // -(-m // rows)), columns, depth)
+    return Tile(rows_each(m, max(2, most // (columns * depth)), columns, n * depth), columns, depth)
 
 
-def parts_of(m: int, n: int, k: int, item: int, adds: bool) -> int:
+@lru_cache(maxsize=4096)
+def rows_each(m: int, most: int, columns: int, values: int) -> int:
+    """Return of how many rows products are to be formed, at most so many, where each row has so many products.
+
+    Rows that are left over in a product, and rows that are left over behind the last one and need a step of their own.
+    """
+    if m <= most:
+        return m
+    unit = _TALL if columns > _WIDE_VECTORS else _UNIT
+
+    def rows_s(each: int) -> int:
+        left = m % each
+        return m + m // each * (each % unit) + left % unit + (_STEP // values if left else 0)
+
+    return min(range(most, most // 2, -1), key=rows_s)
+
+
+def parts_of(m: int, n: int, k: int, item: int, adds: bool, columns: int = 0) -> int:
     """Return in how many parts a product is formed that are added; `adds` says that it is added to what is there."""
-    parts = -(-k // tile(m, n, k, item).depth)
+    parts = -(-k // tile(m, n, k, item, columns).depth)
     return parts if adds or parts > 1 else 0
 
 
-def parts_values(m: int, n: int, k: int, item: int, adds: bool = False) -> int:
+def parts_values(m: int, n: int, k: int, item: int, adds: bool = False, columns: int = 0) -> int:
     """Return the values that such parts take, as many as are formed in one step."""
-    n = min(n, _widest(item))
-    return m * n * min(parts_of(m, n, k, item, adds), max(1, _PARTS // (m * n * item)))
+    n = n if columns else min(n, _widest(item))
+    return m * n * min(parts_of(m, n, k, item, adds, columns), max(1, _PARTS // (m * n * item)))
 
 
 def multiply(a: Array, b: Array, out: Array, parts: Array, *, adds: bool = False) -> None:
     """Form the product of a [m, k] and b [k, n] in out [m, n], or add it to what is there; m and n are not 1.
 
-    `parts` has `parts_values` of memory.
+    b may lie in tiles, [tile, k, column]. `parts` has `parts_values` of memory.
     """
-    (m, k), n, item = a.shape, b.shape[1], out.itemsize
-    widest = _widest(item)
+    (m, k), n, item = a.shape, out.shape[1], out.itemsize
+    widest = n if b.ndim == _TILES else _widest(item)
     if n > widest:
         for first, last in Cut(n, widest):
             multiply(a, b[:, first:last], out[:, first:last], parts, adds=adds)
         return
-    sizes = tile(m, n, k, item)
+    sizes = tile(m, n, k, item, b.shape[2] if b.ndim == _TILES else 0)
     if not adds and sizes.depth >= k:
         _form(a, b, out[np.newaxis], sizes)
         return
@@ -93,7 +118,7 @@ def multiply(a: Array, b: Array, out: Array, parts: Array, *, adds: bool = False
     for start, stop in [*spans, *[(whole, whole + 1)] * (whole * sizes.depth < k)]:
         found = parts[: (stop - start) * m * n].reshape(-1, m, n)
         span = slice(start * sizes.depth, stop * sizes.depth)
-        _form(a[:, span], b[span], found, sizes)
+        _form(a[:, span], b[..., span, :], found, sizes)
         if not adds:
             np.add.reduce(found, axis=0, out=out)
             adds = True
@@ -114,8 +139,7 @@ def multiply_lines(a: Array, b: Array, out: Array) -> None:
     most = max(1, min(_WIDE, results // _FEWEST) // _VECTOR)
     columns = _VECTOR * next((c for c in range(most, most // 2, -1) if n % (c * _VECTOR) == 0), most)
     columns = min(n, columns)
-    rows = max(2, results // columns)
-    rows = -(-m // -(-m // rows))
+    rows = rows_each(m, max(2, results // columns), _UNCUT, n * k)
     for n0, n1, c in alike(n, columns):
         right = b[n0:n1].reshape(c, 1, -1, k).transpose(0, 1, 3, 2)
         for m0, m1, r in alike(m, rows):
@@ -130,9 +154,12 @@ def _widest(item: int) -> int:
 
 def _form(a: Array, b: Array, out: Array, sizes: Tile) -> None:
     """Form products of as many parts of k as `out` has, of the same depth."""
-    (m, k), n, p = a.shape, b.shape[1], len(out)
+    (m, k), n, p = a.shape, out.shape[2], len(out)
     for n0, n1, c in alike(n, sizes.columns):
-        right = b[:, n0:n1].reshape(p, k // p, c, -1).transpose(0, 2, 1, 3)[:, :, np.newaxis]
+        if b.ndim == _TILES:
+            right = b.reshape(c, p, k // p, -1).swapaxes(0, 1)[:, :, np.newaxis]
+        else:
+            right = b[:, n0:n1].reshape(p, k // p, c, -1).transpose(0, 2, 1, 3)[:, :, np.newaxis]
         for m0, m1, r in alike(m, sizes.rows):
             left = a[m0:m1].reshape(r, -1, p, k // p).transpose(2, 0, 1, 3)[:, np.newaxis]
             to = out[:, m0:m1, n0:n1].reshape(p, r, -1, c, (n1 - n0) // c).transpose(0, 3, 1, 2, 4)
@@ -163,10 +190,8 @@ class Tiled:
         self._steps: list[tuple[Array, Array]] = []
         if m == 1:
             return
-        parts = -(-m // max(1, _most() // (columns * k)))
-        # Parts of the same length are formed in one step.
-        parts = next((n for n in range(parts, 2 * parts) if m % n == 0), parts)
-        for start, stop, many in alike(m, -(-m // parts)):
+        each = rows_each(m, max(1, _most() // (columns * k)), columns, math.prod(stack) * n * k)
+        for start, stop, many in alike(m, each):
             left = a[..., start:stop, :].reshape(*stack, 1, many, -1, k)
             to = out[..., start:stop, :].reshape(*stack, many, -1, n // columns, columns)
             self._steps.append((left, to.swapaxes(-2, -3).swapaxes(-3, -4)))
@@ -175,8 +200,11 @@ class Tiled:
         for left, to in self._steps:
             np.matmul(left, tiles, to)
         if not self._steps:  # a single row, but not as a vector; see `alike`
-            twice = np.empty((*self._out.shape[:-2], 2, self._out.shape[-1]), self._out.dtype)
-            Tiled(np.concatenate([self._a, self._a], axis=-2), tiles.shape[-1], twice)(tiles)
+            rows, twice = (
+                np.empty((*array.shape[:-2], 2, array.shape[-1]), array.dtype) for array in (self._a, self._out)
+            )
+            np.copyto(rows, self._a)
+            Tiled(rows, tiles.shape[-1], twice)(tiles)
             np.copyto(self._out, twice[..., :1, :])
 
 
