@@ -1,8 +1,9 @@
 """Memory of large results, used again once nothing refers to a result or a view of it any more.
 
-For: `empty`, from which every new result comes, and `clear`. It must not know what a result is of. malloc returns an
-array of 32 MiB or more to the system when it is dropped, and the next one begins with fresh pages, which the system
-clears first: for a layer that is bounded by writing its output up to half of the time. So some of that memory is kept.
+For: `empty`, from which every new result comes, every packed filter and what its packing needs, and `clear`. It must
+not know what a result is of. malloc returns an array of 32 MiB or more to the system when it is dropped, a smaller one
+too if nothing is behind it on the heap, and the next one begins with fresh pages, which the system clears first: for a
+layer that is bounded by writing its output up to half of the time. So some of that memory is kept.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-# glibc's malloc, DEFAULT_MMAP_THRESHOLD_MAX: what is smaller it keeps itself.
-LEAST_BYTES = 32 << 20
+# glibc's malloc, DEFAULT_MMAP_THRESHOLD: it returns what is larger to the system until larger ones have been returned,
+# which those that are kept never are.
+LEAST_BYTES = 1 << 17
 # Of memory that is idle. A result takes it if that is at most a quarter larger than the result.
 MOST_IDLE_BYTES = 128 << 20
 _LARGER = 1.25

@@ -59,7 +59,7 @@ def test_memory_is_not_used_again_while_a_view_is_alive(view):
 
 
 def test_small_results_are_left_to_malloc():
-    result = results.empty((8, MIB - 1), F4)
+    result = results.empty(((1 << 15) - 1,), F4)
     assert result.flags.owndata
     del result
     assert not results._idle
