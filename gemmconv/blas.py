@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -40,6 +41,9 @@ _FAR, _SHORT_ROW = 1 << 20, 1024
 _SMALL_KERNELS = {"SkylakeX", "Cooperlake", "SapphireRapids"}
 
 _paths: dict[str, _Path] = {}
+
+# Of one size, since ctypes keeps the type of each size for ever.
+_Memory = ctypes.c_char * (sys.maxsize // 2)
 
 
 class _Path:
@@ -178,6 +182,11 @@ class Gemm:
         size = ((rows - 1) * ld + columns) * self.itemsize
         memory = memoryview((ctypes.c_char * size).from_address(address))
         return np.ndarray((rows, columns), self.dtype, memory, strides=(ld * self.itemsize, self.itemsize))
+
+
+def memory_at(address: int) -> Any:
+    """Return all memory from an address on as a buffer: arrays of it must end where what is there ends."""
+    return _Memory.from_address(address)
 
 
 def largest_integer(dtype: np.dtype[Any]) -> int:

@@ -25,6 +25,7 @@ from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.lowerings.base import InShares, OfGroups, PackedInParts, Steps, order, steps_of
 from gemmconv.lowerings.copies import is_finite
+from gemmconv.lowerings.tape import Tapes
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 
@@ -58,7 +59,7 @@ class Packed(NamedTuple):
 def pack(schedule: Schedule, problem: Problem, second: Array, workers: int) -> Packed:
     """Bring a filter into the order that a schedule wants; the coarse operand of a gradient stays as it is."""
     of = schedule.problem
-    values = np.empty((of.groups, schedule.packed_values), problem.compute_dtype)
+    values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
     if problem.roles[1] != "filter":
         return Packed(second, values, not schedule.wants_finite_filter or is_finite(second))
     if of.operation != problem.operation:
@@ -125,12 +126,13 @@ class Needs(NamedTuple):
     workspace_bytes: int
     limit_blas: bool
     shares: int
+    tapes: Tapes
 
 
 def needs(schedule: Schedule) -> Needs:
     """Return what a schedule needs."""
     limit = schedule.largest_product > serial_products()
-    return Needs(largest_first(schedule), schedule.workspace_bytes, limit, shares_of(schedule))
+    return Needs(largest_first(schedule), schedule.workspace_bytes, limit, shares_of(schedule), Tapes(schedule))
 
 
 def largest_first(schedule: Schedule) -> Sequence[int]:
@@ -213,6 +215,7 @@ def run(
     clocks = [profile.Clock() if looking else None for _ in workspaces]
     for workspace, clock in zip(workspaces, clocks, strict=True):
         workspace.clock = clock
+    run_block = needed.tapes.run if excerpt is None else needed.tapes.run_once  # windows differ from call to call
     done = itertools.count(1)
 
     def task(index: int, slot: int) -> None:
@@ -220,7 +223,7 @@ def run(
         if clock:
             clock.start()
         block, group = divmod(blocks[index], groups)  # groups next to each other share cache lines and pages
-        schedule.run(block, parts[block // of_share][group], workspaces[slot])
+        run_block(block, parts[block // of_share][group], workspaces[slot])
         if progress is not None:
             progress(next(done), count)
         if clock:
@@ -254,6 +257,9 @@ def _by_group(
     biases = None
     if bias is not None:
         biases = (bias.astype(problem.compute_dtype) + problem.compute_dtype.type(0)).reshape(problem.groups, -1)
+        # It repeats where taps are seen as channels: all of them, or those of one axis.
+        channels = max(problem.kernel) * (problem.cout if problem.roles[2] == "fine" else problem.cin)
+        biases = np.tile(biases, -(-channels // biases.shape[1]))
     if problem.groups == 1:
         first, second, to = wholes
         return [Operands(first, second, to, packed[0], steps, None if biases is None else biases[0])]

@@ -135,7 +135,7 @@ def test_slots_that_are_neighbours_are_stored_in_one_copy(dtype, monkeypatch):
             plan = plan_of(problem, "by_rows", CACHE)
             found.append(plan(value, filter))
         assert same_bits(*found)
-        programs = [plan.schedule._program(index) for index in range(plan.schedule.count)]
+        programs = [plan.schedule._made(plan.schedule.block(index)) for index in range(plan.schedule.count)]
         copies += [len(program.stores) for program in programs if program.tiles]
     assert len(copies) > 4
     assert set(copies) == {1}

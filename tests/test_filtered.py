@@ -179,7 +179,7 @@ def test_single_blocks_as_parts(operation):
             if index < 3:
                 assert part.on_blocks
                 assert same_bits(part(first[window], second[part.windows[1]]), whole[part.box])
-            program = schedule._program(index)
+            program = schedule._made(schedule.block(index))
             sources = program.sources if operation == "conv3d_transpose" else [program.source]
             for source in sources:
                 for axis, of_axis in zip(schedule.order, source, strict=True):

@@ -1,7 +1,6 @@
 """Products of just the rows that land or lie inside, shares of the taps, and the order of blocks of unlike sizes."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -151,10 +150,11 @@ def test_gathered_rows_have_the_oracles_bits(layout, dtype, monkeypatch):
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
                 if not schedule.joined:  # no row is formed in vain
-                    blocks = map(schedule._program, range(schedule.count))
-                    for step in itertools.chain(*itertools.chain(*blocks)):
-                        for source, *_ in step.moves:
-                            assert source[:4] == tuple(slice(0, n) for n in step.rows.sizes)
+                    for block in map(schedule.block, range(schedule.count)):
+                        for d, h in block.pairs:
+                            for step in schedule._steps(block, schedule.phases[0][d], schedule.phases[1][h]):
+                                for source, *_ in step.moves:
+                                    assert source[:4] == tuple(slice(0, n) for n in step.rows.sizes)
     assert {("joined", True), ("joined", False), ("blocks", True)} <= kinds
     assert (("turned", True) in kinds) == (dtype != "complex64")
     real = {"_form_lines"} | ({"_form_across"} if layout == "NDHWC" else set())

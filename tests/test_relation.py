@@ -655,37 +655,47 @@ def test_workers_do_not_change_bits(operation, case, layout, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_convolution_in_products_that_are_not_packed(layout, dtype, monkeypatch):
     """Whatever the BLAS: rows, columns and k in even pieces or not, in one box of taps or several, with a bias."""
-    cut, added = set(), set()
+    cut, added, tiled = set(), set(), set()
     form, multiply = products._form, im2col.multiply
+    monkeypatch.setattr(products, "_STEP", 0)  # so that rows are left over
 
     def counted(a, b, out, sizes):
-        cut.add((a.shape[0] % sizes.rows > 0, b.shape[1] % sizes.columns > 0, len(out) > 1))
+        cut.add((a.shape[0] % sizes.rows > 0, out.shape[2] % sizes.columns > 0, len(out) > 1))
+        tiled.add(b.ndim == 3)
         form(a, b, out, sizes)
 
     def noted(a, b, out, parts, *, adds):
-        added.add((adds, a.shape[1] > products.tile(len(a), b.shape[1], a.shape[1], out.itemsize).depth))
+        columns = b.shape[2] if b.ndim == 3 else 0
+        added.add((adds, a.shape[1] > products.tile(len(a), out.shape[1], a.shape[1], out.itemsize, columns).depth))
         multiply(a, b, out, parts, adds=adds)
 
     monkeypatch.setattr(products, "_form", counted)
     monkeypatch.setattr(im2col, "multiply", noted)
     monkeypatch.setattr(im2col, "gemm_s", lambda *_, **__: 1.0)
     rng = np.random.default_rng([618, *map(ord, dtype)])
-    for small, case, share in itertools.product(
-        (0, 500, 3000, 1_000_000), ("few rows", "few rows in groups", "dense"), (0.02, 2.0)
+
+    def clear():
+        products.tile.cache_clear()
+        products.rows_each.cache_clear()
+
+    for small, case, share, tiles in itertools.product(
+        (0, 500, 3000, 1_000_000), ("few rows", "few rows in groups", "dense"), (0.02, 2.0), ((), (8,))
     ):
         monkeypatch.setattr(products, "small_products", lambda small=small: small)
         monkeypatch.setattr(im2col, "_UNPACKED_SHARE", share)
-        products.tile.cache_clear()
+        monkeypatch.setattr(im2col, "_TILES", tiles)
+        clear()
         groups, cin, cout, axes = LARGE[case]
         problem = Problem("conv3d", 1, cin, cout, axes, np.dtype(dtype), layout, groups)
         plan = make_plan.__wrapped__(problem, Machine(2, 1 << 20, 1 << 25), "im2col", 2)
         first, second, bias = operands(rng, problem, largest=2, biased=True)
         assert same_bits(run(plan, first, second, bias), rounded(relation.result(problem, first, second, bias), dtype))
-    products.tile.cache_clear()
+    clear()
     if dtype == "complex64":
         assert not cut
     else:
         assert {rows for rows, *_ in cut} == {False, True}
+        assert tiled == ({False, True} if layout == "NDHWC" else {False})
         assert layout == "NCDHW" or {columns for _, columns, _ in cut} == {False, True}
         assert any(parts for *_, parts in cut)
         assert added == set(itertools.product((False, True), repeat=2))

@@ -7,10 +7,10 @@ writes, and a method that runs one of them in a given workspace. It parses no ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,11 +23,8 @@ from gemmconv.profile import Clock
 Array = np.ndarray[Any, np.dtype[Any]]
 # From each index of an array to the next, in values: [batch, depth, height, width, channel], or of a filter its axes.
 Steps = tuple[int, int, int, int, int]
-T = TypeVar("T")
 
 ALIGNMENT = 64
-# Of how many keys a workspace keeps views.
-_MOST_VIEWS = 64
 
 
 def aligned(size: int) -> int:
@@ -41,43 +38,48 @@ class Workspace:
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
         raw = np.empty(size + ALIGNMENT, np.uint8)
         self._memory = raw[-raw.ctypes.data % ALIGNMENT :][:size]
+        self.at = address(self._memory)
         self.used = 0
-        self._kept: tuple[Operands, Any] | None = None
-        self._views: dict[int, tuple[object, Any, int]] = {}
+        self._operands: Operands | None = None
+        self.held: dict[str, Hashable] = {}
+        self.bound: dict[int, Any] = {}  # what tape.py keeps
         self.size = size
         self.gemm = Gemm(dtype)
         self.clock: Clock | None = None
+
+    def begin(self, operands: Operands) -> None:
+        """Begin a block; what is held of other operands than before is forgotten."""
+        if operands is not self._operands:
+            self._operands = operands
+            self.held.clear()
 
     def reset(self) -> None:
         """Forget what was taken; whatever holds it must not be used any more."""
         self.used = 0
 
-    def once(self, operands: Operands, make: Callable[[], T]) -> T:
-        """Return what `make` makes of the operands of a call, for its first block; it takes nothing."""
-        if self._kept is None or self._kept[0] is not operands:
-            self._kept = operands, make()
-        found: T = self._kept[1]
-        return found
+    def hold(self, place: str, key: Hashable, fill: Callable[[], None]) -> None:
+        """Fill a place, unless a block of this call has filled it for the same key, and no other one since."""
+        if self.held.get(place) != key:
+            fill()
+            self.held[place] = key
 
-    def views(self, key: object, make: Callable[[], T]) -> T:
-        """Return what `make` makes of an empty workspace for a key, with what that took.
+    def scratch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Return a new array for values between two steps, beside the memory that counts."""
+        return np.empty(shape, dtype)
 
-        It is kept for later calls, for which making it would take longer than many a step, so it holds no operand.
-        """
-        kept = self._views.get(id(key))
-        if kept is None or kept[0] is not key:
-            if len(self._views) >= _MOST_VIEWS:
-                self._views.clear()
-            self.reset()
-            made = make()
-            kept = self._views[id(key)] = key, made, self.used
-        found: T
-        _, found, self.used = kept
-        return found
+    def buffer(self, values: int) -> None:
+        """Set the size of the buffer in which NumPy casts, for the rest of a block."""
+        np.setbufsize(values)
+
+    def mark(self, phase: str) -> None:
+        """Say that a phase has ended."""
+        if self.clock:
+            self.clock(phase)
 
     def release(self) -> None:
         """Forget the operands of the last call, which would stay alive."""
-        self._kept = self.clock = None
+        self._operands = self.clock = None
+        self.held.clear()
 
     def take(self, *shape: int) -> Array:
         """Return an uninitialised array of the GEMM's dtype, aligned to a cache line."""
@@ -106,12 +108,11 @@ class Operands(NamedTuple):
     def start(self, channels: Range, behind: int = 0) -> Array | int:
         """Return what sums of some channels of the result begin with: 0, or the bias with `behind` axes behind it.
 
-        Where taps are seen as channels the bias repeats.
+        Where taps are seen as channels the bias repeats, as it does in `bias`.
         """
         if self.bias is None:
             return 0
-        found: Array = np.resize(self.bias, channels[1])[channels[0] :]
-        return found.reshape(-1, *[1] * behind)
+        return self.bias[slice(*channels)].reshape(-1, *[1] * behind)
 
 
 class CannotLowerError(ValueError):
@@ -238,6 +239,13 @@ def address(array: Array) -> int:
     """Return where an array's memory is; `array.ctypes` takes twice as long."""
     at: int = array.__array_interface__["data"][0]
     return at
+
+
+def laid(array: Array, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]) -> Array:
+    """Return values of a contiguous array, from a byte on, with other strides; `as_strided` takes longer."""
+    found = type(array)(shape, array.dtype, array, offset, strides)
+    found.__array_finalize__(array)
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, each
 from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, lines_never_packed, meetings, pieces, sample
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.copies import store
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Slots, places, slots, unreached
 from gemmconv.lowerings.products import LARGEST
 from gemmconv.machine import Machine
@@ -94,7 +94,6 @@ class ByPlanes(AsItLies):
     taps: int  # the most filter rows of a GEMM
     widens: bool
     depth: int
-    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -157,33 +156,29 @@ class ByPlanes(AsItLies):
         )
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        problem, clock = self.problem, workspace.clock
-        program = self._program(index)
-        buffers = workspace.views(self, lambda: self._buffers(workspace))
-        kept = index in self.programs
-        seen = buffers.seen(index if kept else None, lambda: self._seen(program, buffers, workspace))
-        columns = workspace.once(operands, lambda: Columns(buffers, self.axes, operands))
+        workspace.buffer(SMALLEST_BUFFER)
+        problem = self.problem
+        program = self._made(self.block(index))
+        workspace.reset()
+        buffers = self._buffers(workspace)
+        seen = self._seen(program, buffers, workspace)
+        columns = Columns(buffers, self.axes, operands)
         seen.sums[...] = operands.start((0, problem.cout), 3)
         for gemm, (wraps, additions) in zip(program.products, seen.folds, strict=True):
-            if clock:
-                clock("overhead")
+            workspace.mark("overhead")
             columns.form(columns.locate(gemm.rows), gemm.pieces, math.prod(gemm.shape[4:]))
-            if clock:
-                clock("gemm")
+            workspace.mark("gemm")
             for cells in wraps:
                 cells[...] = 0
             for cells, column in additions:
                 np.add(cells, column, cells)
-            if clock:
-                clock("col2im")
+            workspace.mark("col2im")
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
         if self.gaps:
             output[program.region] = operands.start((0, problem.cout))
         for source, (_, to) in zip(seen.stored, program.stores, strict=True):
             store(output[to], source)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _buffers(self, workspace: Workspace) -> Buffers:
         return Buffers(self.problem, workspace, self.rows, self.taps, self.depth, tap_major=True, widens=self.widens)
@@ -199,16 +194,6 @@ class ByPlanes(AsItLies):
             additions = [(lines[to].squeeze(), of_lines[source].squeeze()) for source, to in gemm.moves]
             folds.append(([column[wrap] for wrap in gemm.wraps], additions))
         return Seen(sums, folds, [sums[source].transpose(1, 2, 3, 0) for source, _ in program.stores])
-
-    def _program(self, index: int) -> Program:
-        """Return what a block does: made once for small schedules, where making it would take longer than doing it."""
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            steps = len(program.stores) + sum(len(gemm.moves) for gemm in program.products)
-            if steps * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
-        return program
 
     def _made(self, block: Block) -> Program:
         (d, h, w), (of_d, of_h, of_w) = self.axes, self.slots

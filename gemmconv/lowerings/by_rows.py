@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import NamedTuple, TypeVar
 
@@ -29,7 +29,7 @@ from gemmconv.lowerings.base import (
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, located
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed
 from gemmconv.lowerings.copies import as_items, item_size, store
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
+from gemmconv.lowerings.cost import SHORT_RUN, SMALLEST_BUFFER, best, copy_s, pass_s
 from gemmconv.lowerings.phases import Place, Slots, places, slots, unreached
 from gemmconv.lowerings.products import LARGEST
 from gemmconv.machine import Machine
@@ -112,7 +112,6 @@ class ByRows(AsItLies):
     channels_last: bool  # whether columns and accumulators are, or rows
     widens: bool  # whether operands are widened, `depth` input channels at a time, instead of used as they lie
     depth: int
-    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -200,24 +199,21 @@ class ByRows(AsItLies):
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         if self._run >= SHORT_RUN:
-            np.setbufsize(SMALLEST_BUFFER)
-        problem, clock = self.problem, workspace.clock
-        program = self._program(index)
-        buffers = workspace.views(self, lambda: self._buffers(workspace))
-        kept = index in self.programs
-        seen = buffers.seen(index if kept else None, lambda: self._seen(program, buffers, workspace))
-        columns = workspace.once(operands, lambda: Columns(buffers, self.axes, operands))
+            workspace.buffer(SMALLEST_BUFFER)
+        problem = self.problem
+        program = self._made(self.block(index))
+        workspace.reset()
+        buffers = self._buffers(workspace)
+        seen = self._seen(program, buffers, workspace)
+        columns = Columns(buffers, self.axes, operands)
         seen.sums[...] = operands.start((0, problem.cout), 7)
         for gemm, additions in zip(program.products, seen.additions, strict=True):
-            if clock:
-                clock("overhead")
+            workspace.mark("overhead")
             columns.form(columns.locate(gemm.rows), gemm.pieces, gemm.n if self.channels_last else gemm.m)
-            if clock:
-                clock("gemm")
+            workspace.mark("gemm")
             for cells, column in additions:
                 np.add(cells, column, cells)
-            if clock:
-                clock("col2im")
+            workspace.mark("col2im")
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
         if self.gaps:
             output[program.region] = operands.start((0, problem.cout))
@@ -231,8 +227,7 @@ class ByRows(AsItLies):
                 np.copyto(cells, source)
             else:
                 store(cells, source)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _buffers(self, workspace: Workspace) -> Buffers:
         tap_major = not self.channels_last
@@ -258,16 +253,6 @@ class ByRows(AsItLies):
         else:
             stored = [last[(*source[1:], ...)] for source, _ in program.stores]
         return Seen(sums, additions, size, stored)
-
-    def _program(self, index: int) -> Program:
-        """Return what a block does: made once for small schedules, where making it would take longer than doing it."""
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            steps = len(program.stores) + sum(len(gemm.moves) for gemm in program.products)
-            if steps * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
-        return program
 
     def _made(self, block: Block) -> Program:
         outer = 1 if self.problem.layout == "NCDHW" else 0

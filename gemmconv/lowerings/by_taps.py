@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -33,7 +33,6 @@ from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, 
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
-    MOST_STEPS_KEPT,
     SCATTERED_VALUE_S,
     SHORT_RUN,
     SMALLEST_BUFFER,
@@ -95,7 +94,6 @@ class ByTaps(AsItLies):
     depth: int
     turned: int  # the columns of the tiles of a filter that is packed, for products that BLAS does not pack; or 0
     gathers: bool  # whether the rows that land are copied: joined, those of all taps of W
-    programs: dict[int, list[list[Step]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -233,7 +231,7 @@ class ByTaps(AsItLies):
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         if (self.channels if self.joined else self.axes[2].coarse * self.lanes * self.channels) >= SHORT_RUN:
-            np.setbufsize(SMALLEST_BUFFER)
+            workspace.buffer(SMALLEST_BUFFER)
         block = self.block(index)
         problem, axes = self.problem, self.axes
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in axes], problem.cout)
@@ -242,57 +240,40 @@ class ByTaps(AsItLies):
         if self.gaps:
             spans = zip(axes, block[1:4], self._before, strict=True)
             output[:, *(slice(max(0, q[0] * a.stride + o), q[1] * a.stride + o) for a, q, o in spans)] = start
-        clock = workspace.clock
-        buffers = workspace.views(
-            self,
-            lambda: Buffers(
-                problem,
-                workspace,
-                self.rows,
-                self.taps * self.channels,
-                self.depth,
-                tap_major=False,
-                widens=self.widens,
-                turned=self.turned,
-                gathers=self.gathers,
-            ),
+        workspace.reset()
+        buffers = Buffers(
+            problem,
+            workspace,
+            self.rows,
+            self.taps * self.channels,
+            self.depth,
+            tap_major=False,
+            widens=self.widens,
+            turned=self.turned,
+            gathers=self.gathers,
         )
-        columns = workspace.once(operands, lambda: Columns(buffers, axes, operands))
+        columns = Columns(buffers, axes, operands)
         sums = None if self.direct else workspace.take(*self._sums_shape(block))
-        for (d, h), steps in zip(block.pairs, self._program(index), strict=True):
+        for d, h in block.pairs:
             depth, height = self.phases[0][d], self.phases[1][h]
             if sums is None:
                 targets = self._rows_of(output, block, depth, height)
             else:
                 targets = list(sums)
                 sums[...] = start
-            for step in steps:
-                if clock:
-                    clock("overhead")
+            for step in self._steps(block, depth, height):
+                workspace.mark("overhead")
                 columns.form(columns.locate(step.rows), step.pieces, step.width)
-                if clock:
-                    clock("gemm")
+                workspace.mark("gemm")
                 column = columns.buffer[: math.prod(step.shape)].reshape(step.shape)
                 for source, phase, to in step.moves:
                     cells = targets[phase][to]
                     # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
                     np.add(column[source], start if self.direct else cells, cells)
-                if clock:
-                    clock("store" if self.direct else "col2im")
+                workspace.mark("store" if self.direct else "col2im")
             if sums is not None:
                 self._store(output, block, depth, height, sums)
-                if clock:
-                    clock("store")
-
-    def _program(self, index: int) -> list[list[Step]]:
-        """Return the steps of a block for each of its pairs of phases, kept for schedules of few steps."""
-        program = self.programs.get(index)
-        if program is None:
-            block = self.block(index)
-            program = [list(self._steps(block, self.phases[0][d], self.phases[1][h])) for d, h in block.pairs]
-            if sum(map(len, program)) * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
-        return program
+                workspace.mark("store")
 
     def _steps(self, block: Block, depth: Phase, height: Phase) -> Iterator[Step]:
         """Yield the steps of a pair of phases: the columns of each tap, and where they are added."""

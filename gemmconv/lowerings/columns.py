@@ -9,9 +9,9 @@ are turned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,15 +24,10 @@ from gemmconv.problem import Axis, Problem
 
 # Few rows, their most values, and the least of a filter that is large beside them.
 _FEW_ROWS, _SMALL, _LARGE = 24, 1 << 17, 1 << 15
-# Blocks of a schedule for which what they see of a workspace is kept.
-_MOST_SEEN = 8
 # The fewest rows that are columns of a product: a vector of BLAS' kernels.
 _VECTOR = 16
 # Bytes of a large filter that are read ahead of their products, to stay in the L2 cache until then.
 _AHEAD = 1 << 19
-
-
-T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -53,7 +48,7 @@ class Rows(NamedTuple):
 
 
 class Buffers:
-    """What columns take of a workspace, kept for later calls: the columns, and what is widened, turned or added.
+    """What columns take of a workspace: the columns, and what is widened, turned or added.
 
     Columns of up to so many rows and rows of the filter lie [row, tap] or, `tap_major`, [tap, row]. With `gathers` the
     rows of any box are copied to `rows`, one beside the other, with channels last whatever the layout.
@@ -75,8 +70,7 @@ class Buffers:
         self.problem, self.depth, self.widens, self.turned = problem, depth, widens, turned
         self.gathers = gathers
         self.tap_major = tap_major
-        self._seen: dict[int, Any] = {}
-        self.gemm = workspace.gemm
+        self.gemm, self.hold = workspace.gemm, workspace.hold
         self.columns, self.rows, self.taps, self.turned_rows, self.across, self.parts = map(
             workspace.take, columns_values(problem, rows, taps, depth, widens, turned, gathers)
         )
@@ -86,15 +80,6 @@ class Buffers:
         self.few = few_rows(problem) and not turned
         self.lines = by_lines(problem, rows, taps, tap_major, gathers)
         self.unpacked = self.channels_first and tap_major and not widens and not turned and unpacked(problem)
-
-    def seen(self, index: int | None, make: Callable[[], T]) -> T:
-        """Return what a block sees of the workspace behind; with the index of one that is always alike it is kept."""
-        found: T | None = None if index is None else self._seen.get(index)
-        if found is None:
-            found = make()
-            if index is not None and len(self._seen) < _MOST_SEEN:
-                self._seen[index] = found
-        return found
 
 
 class Columns:
@@ -111,8 +96,6 @@ class Columns:
         self._cin, self._pitch = buffers.problem.cin, buffers.problem.pitch
         self._steps = operands.steps[0]
         self._gemm = buffers.gemm
-        self._held: tuple[Box, int] | None = None
-        self._gathered: Box | None = None
         self._value_at, self._filter_at = address(operands.value), address(operands.filter)
 
     # GEMM needs addresses only.
@@ -142,9 +125,7 @@ class Columns:
 
     def _gather(self, box: Box) -> Rows:
         """Copy the rows of a box, unless they are what is held already, and return where they are."""
-        if self._gathered != box:
-            copy(self._rows_of(box), self._grid[tuple(slice(*r) for r in box)])
-            self._gathered = box
+        self._buffers.hold("rows", box, lambda: copy(self._rows_of(box), self._grid[tuple(slice(*r) for r in box)]))
         return Rows(box, math.prod(box.sizes), self._buffers.rows_at, self._cin)
 
     def form(self, rows: Rows, pieces: Sequence[Piece], ld: int) -> None:
@@ -227,21 +208,19 @@ class Columns:
     def _as_columns(self, rows: Rows) -> Array:
         """Return the rows of a hull turned to columns, unless they are what is held already."""
         turned = self._buffers.turned_rows[: self._cin * rows.m].reshape(self._cin, rows.m)
-        if self._held != (rows.hull, 0):
-            copy_turned(turned, self._flat(rows))
-            self._held = (rows.hull, 0)
+        self._buffers.hold("turned", rows.hull, lambda: copy_turned(turned, self._flat(rows)))
         return turned
 
     def _widen(self, hull: Box, start: int) -> None:
         """Widen the rows of a hull, unless they are what is held already; the layout stays."""
-        if self._held == (hull, start):
-            return
-        part = self._grid[(*(slice(*r) for r in hull), slice(start, min(start + self._buffers.depth, self._cin)))]
-        to = five(
-            self._buffers.problem.layout, self._buffers.rows[: part.size], part.shape[0], part.shape[1:4], part.shape[4]
-        )
-        np.copyto(to, part, casting="unsafe")
-        self._held = (hull, start)
+
+        def fill() -> None:
+            part = self._grid[(*(slice(*r) for r in hull), slice(start, min(start + self._buffers.depth, self._cin)))]
+            to = self._buffers.rows[: part.size]
+            to = five(self._buffers.problem.layout, to, part.shape[0], part.shape[1:4], part.shape[4])
+            np.copyto(to, part, casting="unsafe")
+
+        self._buffers.hold("rows", (hull, start), fill)
 
 
 def few_rows(problem: Problem) -> bool:

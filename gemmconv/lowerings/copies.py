@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemmconv.lowerings.base import ALIGNMENT, Array
+from gemmconv.lowerings.base import ALIGNMENT, Array, NotFiniteError
+from gemmconv.lowerings.tape import step
 from gemmconv.problem import Problem
 
 # Bytes of a run that NumPy copies faster as one item.
 _SHORT_BYTES = 512
 # Bytes between lines of which half a first cache holds a few only.
 CONFLICT = 2048
+# By the bytes of a value: integers with its bits, and Inf of either sign as such.
+_BITS = {4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
+_INFINITE = {4: (0x7F800000, 0xFF800000), 8: (0x7FF0000000000000, 0xFFF0000000000000)}
 # Bytes of an array of which most comes from memory, and of what a cache reads of it at a time.
 _FAR, _LINE = 1 << 23, 64
 
@@ -20,6 +24,25 @@ def is_finite(array: Array) -> bool:
     dtype = np.float32 if array.dtype.itemsize == 2 else array.dtype
     with np.errstate(all="ignore"):
         return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
+
+
+@step
+def need_finite(*arrays: Array) -> None:
+    """Raise NotFiniteError unless one of some arrays of sums is finite."""
+    if not any(map(_in_bits, arrays)):
+        raise NotFiniteError
+
+
+def _in_bits(array: Array) -> bool:
+    """Whether no value is Inf or NaN, by its bits.
+
+    The largest are found twice as fast as a sum, where they are in cache: as integers with a sign, positive Inf and NaN
+    are above all others, and without one negative ones are.
+    """
+    if array.dtype.kind == "c":
+        return _in_bits(array.real) and _in_bits(array.imag)
+    found = (np.maximum.reduce(array.view(kind), axis=None, initial=0) for kind in _BITS[array.itemsize])
+    return all(bits < inf for bits, inf in zip(found, _INFINITE[array.itemsize], strict=True))
 
 
 def copy(to: Array, source: Array) -> None:
@@ -58,7 +81,7 @@ def read_ahead(matrix: Array) -> None:
 
     Products of few rows read it in pieces, and would wait for each.
     """
-    np.bitwise_or.reduce(matrix.view(np.uint8)[:, ::_LINE], axis=None)
+    np.bitwise_or.reduce(matrix.view(np.uint8)[:, ::_LINE], axis=None, out=np.empty((), np.uint8))
 
 
 def item_size(problem: Problem, channels: int) -> int:
@@ -81,5 +104,9 @@ def store(output: Array, result: Array) -> None:
     """Write sums into the output, rounding half precisions once; a sum that rounds to zero becomes +0.0."""
     copy(output, result)
     if output.dtype.itemsize == 2:
-        bits = output.view(np.uint16)
-        np.copyto(bits, 0, where=bits == 0x8000)
+        _no_negative_zeros(output.view(np.uint16))
+
+
+@step
+def _no_negative_zeros(bits: Array) -> None:
+    np.copyto(bits, 0, where=bits == 0x8000)

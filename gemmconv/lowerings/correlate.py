@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
-
 from gemmconv.blas import Gemm
 from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, address, aligned, canonical, five
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit
@@ -129,9 +127,9 @@ class Correlate:
         return runs * (total + self.count * copy_s(rows * n, n * (w.coarse if problem.groups == 1 else 1), steps=2))
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
+        workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        problem, gemm, clock, w = self.problem, workspace.gemm, workspace.clock, self.axes[2]
+        problem, gemm, w = self.problem, workspace.gemm, self.axes[2]
         box, channels = self.block(index)
         n, item = channels[1] - channels[0], workspace.gemm.itemsize
         fine = five(problem.layout, operands.value, problem.batch, [a.fine for a in self.axes], problem.cout)
@@ -151,19 +149,16 @@ class Correlate:
             copy(by_row[:, :, : w.coarse], coarse[batch, slice(*depth), slice(*height), :, slice(*channels)])
             for a, b in product(range(d0, d1), range(h0, h1)):
                 lands = self._fill(values, fine[batch], a, b, depth, height)
-                if clock:
-                    clock("pack")
+                workspace.mark("pack")
                 if lands:
                     to = address(sums[a - d0, b - h0])
                     self._multiply(gemm, many * self.pitch, n, address(values), address(rows), to, ld, item)
-                if clock:
-                    clock("gemm")
+                workspace.mark("gemm")
         if not self.in_place:
             if problem.dtype.kind == "c":
                 sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
             store(output, sums)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _multiply(self, gemm: Gemm, m: int, n: int, values: int, rows: int, to: int, ld: int, item: int) -> None:
         """Add the products of all rows for the taps of width, every `apart`-th row at a time."""

@@ -28,7 +28,7 @@ _LINES_FLOPS_PER_S, _LINES_HALF_MN, _LINES_HALF_K = 138e9, 2, 32
 _CONFLICTING, _MISALIGNED = 1.1, 1.1
 # What small products of a matrix B as it lies take more than of one packed to tiles: where its lines are longer than
 # those of a tile, where it does not stay in cache, and where they are a page apart.
-_TILE_VALUES, _LONG_LINES, _KEPT_VALUES, _NOT_KEPT, _PAGE, _PAGES_APART = 64, 1.2, 1 << 17, 1.4, 4096, 1.3
+_TILE_VALUES, _LONG_LINES, _KEPT_VALUES, _NOT_KEPT, _PAGE, _PAGES_APART = 64, 1.15, 1 << 17, 1.4, 4096, 1.3
 # A value of rows that GEMM packs to form columns [tap, row], of few taps.
 _PACKED_ROW_S = 0.55e-9
 # A value of a matrix that is read once, from memory.
@@ -62,9 +62,6 @@ SCATTERED_VALUE_S = 3e-9
 # the addition, unless loops are very short: lowerings set the smallest buffer that NumPy takes for all others.
 SHORT_RUN = 64
 SMALLEST_BUFFER = 16
-# What blocks do is worked out once and kept by a schedule of at most this many steps, about 1 KiB each: for small
-# problems working it out takes longer than doing it.
-MOST_STEPS_KEPT = 4096
 # A block in Python, beside its steps.
 _BLOCK_S = 30e-6
 # Blocks that cannot be divided evenly leave workers idle: how many workers machines have, and how often, as a guess.

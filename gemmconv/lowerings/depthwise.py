@@ -168,9 +168,9 @@ class Depthwise:
         return found
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
+        workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        problem, clock, channels = self.problem, workspace.clock, self.channels
+        problem, channels = self.problem, self.channels
         channels_first = problem.layout == "NCDHW"
         batch, spans = self.block(index)
         q = [stop - start for start, stop in spans]
@@ -182,8 +182,7 @@ class Depthwise:
         self._fill(grid, operands.value, batch, spans)
         # Sums that begin with 0 end as +0.0 where products are -0.0.
         sums[...] = operands.start((0, channels), 1 if channels_first else 0)
-        if clock:
-            clock("pack")
+        workspace.mark("pack")
         weights = operands.packed.reshape(-1, self._together * channels)
         for tap in self._taps(q):
             if channels_first:
@@ -195,11 +194,9 @@ class Depthwise:
                 source = grid[tap.phase, tap.start : tap.start + rows].reshape(row)
                 np.multiply(source, weights[tap.number], out=products.reshape(row))
             np.add(sums[tap.slot], products, out=sums[tap.slot])
-        if clock:
-            clock("gemm")
+        workspace.mark("gemm")
         self._store(sums, operands, batch, spans)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _by_position(self, rows: Array, sizes: Sequence[int]) -> Array:
         """View rows as [depth, height, width, channel]."""
@@ -251,7 +248,7 @@ class Depthwise:
         item = rows.itemsize
         row, channel = (item, rows.strides[0]) if self.problem.layout == "NCDHW" else (rows.strides[0], item)
         strides = height * width * row, width * row, row, channel
-        return np.lib.stride_tricks.as_strided(rows, (*q, self.channels), strides)
+        return np.lib.stride_tricks.as_strided(rows, (*q, self.channels), strides, subok=True)
 
     def _places(self, spans: Sequence[Range]) -> Iterator[tuple[int, tuple[tuple[slice, ...], tuple[slice, ...]]]]:
         """Yield the slots of the sums, where they are put, and which q of them."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemmconv import results
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit
 from gemmconv.lowerings.copies import copy_turned
@@ -123,7 +124,6 @@ class Filtered(Tiling):
     cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of q, of tiles and of the channels
     columns: int  # of the filter's tiles
     gaps: bool
-    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def reads_beyond(self) -> int:
@@ -234,11 +234,11 @@ class Filtered(Tiling):
         taps = taps.transpose(*self.order, 4, 6, 5)
         size = math.prod(problem.filter_shape) * packed.itemsize
         for rows, of_u in pieces(part, parts, cin, self.axes[0].kernel, size):
-            turned = np.empty(taps[of_u, ..., rows, :].shape, packed.dtype)
+            turned = results.empty(taps[of_u, ..., rows, :].shape, packed.dtype)
             copy_turned(turned, taps[of_u, ..., rows, :].swapaxes(-1, -2))
             at = 0
             for first in self.lines[0]:
-                along_a = np.empty((first.filters, *turned.shape[:2], *turned.shape[3:]), packed.dtype)
+                along_a = results.empty((first.filters, *turned.shape[:2], *turned.shape[3:]), packed.dtype)
                 combine_taps([turned[:, :, tap] for tap in first.taps], along_a)
                 for second in self.lines[1]:
                     to = arrays[at][:, :, of_u, ..., rows, :].swapaxes(0, 1)
@@ -257,10 +257,11 @@ class Filtered(Tiling):
         return found
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        clock, block, program = workspace.clock, self.block(index), self._program(index)
-        views = workspace.views(program.layout, lambda: self._views(program.layout, workspace))
-        value, output, filters = workspace.once(operands, lambda: self._opened(operands))
+        workspace.buffer(SMALLEST_BUFFER)
+        workspace.reset()
+        block, program = self.block(index), self._made(self.block(index))
+        views = self._views(program.layout, workspace)
+        value, output, filters = self._opened(operands)
         mine, start = Output(self.problem, output, block.channels), operands.start(block.channels)
         if program.region is not None:
             mine.array[program.region] = start
@@ -272,18 +273,14 @@ class Filtered(Tiling):
         for (rows, targets), filter, stores in zip(views.lines, filters, program.stores, strict=True):
             for of_axis in rows:
                 combine_rows(*of_axis)
-            if clock:
-                clock("pack")
+            workspace.mark("pack")
             for target, places in zip(targets, stores, strict=True):
                 _multiply(target, filter, tiles)
-                if clock:
-                    clock("gemm")
+                workspace.mark("gemm")
                 target.combines(start)
-                if clock:
-                    clock("col2im")
+                workspace.mark("col2im")
                 mine.write(places, target.stored)
-                if clock:
-                    clock("store")
+                workspace.mark("store")
 
     def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[list[Array]]]]:
         """Return the value and the output with axes in order, and of each pair of lines the filter of every tap."""

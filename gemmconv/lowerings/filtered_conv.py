@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations, groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from gemmconv import results
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s, read_s, unpacked_s
@@ -122,7 +123,6 @@ class FilteredConv(Tiling):
     families: tuple[Family, ...]  # the first has the most points
     cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of positions, of tiles and of the channels
     columns: int  # of the filter's tiles
-    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def reads_beyond(self) -> int:
@@ -254,7 +254,7 @@ class FilteredConv(Tiling):
         for rows, _ in pieces(part, parts, cout, 1, math.prod(problem.filter_shape) * packed.itemsize):
             of_rows = taps[..., rows, :]
             for a in {line: None for family in self.families for line in family.a}:
-                along_a = np.empty((a.filters, *of_rows.shape[:2], *of_rows.shape[3:]), packed.dtype)
+                along_a = results.empty((a.filters, *of_rows.shape[:2], *of_rows.shape[3:]), packed.dtype)
                 combine_taps([of_rows[:, :, tap] for tap in a.taps], along_a)
                 for family, to in zip(self.families, arrays, strict=True):
                     for number, (u, v, of_a, b) in enumerate(product(*family)):
@@ -274,10 +274,11 @@ class FilteredConv(Tiling):
         return found
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        clock, block, program = workspace.clock, self.block(index), self._program(index)
-        views = workspace.views(program.layout, lambda: self._views(program.layout, workspace))
-        value, output, filters = workspace.once(operands, lambda: self._opened(operands))
+        workspace.buffer(SMALLEST_BUFFER)
+        workspace.reset()
+        block, program = self.block(index), self._made(self.block(index))
+        views = self._views(program.layout, workspace)
+        value, output, filters = self._opened(operands)
         tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)
         for beyond_value in views.cleared:
             beyond_value[...] = 0
@@ -287,21 +288,17 @@ class FilteredConv(Tiling):
                 np.copyto(to, source)
             for of_axis in family.rows:
                 combine_rows(*of_axis)
-            if clock:
-                clock("pack")
+            workspace.mark("pack")
             for (multiply, adds), tap in zip(family.taps, filter, strict=True):
                 multiply(tap[..., tiles, :, :, :])
                 if adds is not None:
                     to, added = adds
                     np.add(to, added, to)
-            if clock:
-                clock("gemm")
+            workspace.mark("gemm")
         views.combines(operands.start(block.channels))
-        if clock:
-            clock("col2im")
+        workspace.mark("col2im")
         Output(self.problem, output, block.channels).write(program.stores, views.stored)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[Array]]]:
         """Return the value and the output with axes in order, and of each family the filter of every tap."""
@@ -363,7 +360,7 @@ class FilteredConv(Tiling):
             apart = [each * step for (*_, each), step in zip(runs, steps, strict=False)]
             which: Index = (..., *(phases_of for phases_of, *_ in runs), slice(None))
             to = cells[which]
-            yield to, as_strided(flat[first:], to.shape, [step * item for step in (*at, *apart, 1)])
+            yield to, as_strided(flat[first:], to.shape, [step * item for step in (*at, *apart, 1)], subok=True)
 
     def _made(self, block: Block) -> Program:
         sizes = [stop - start for start, stop in block]

@@ -19,7 +19,17 @@ from typing import NamedTuple
 import numpy as np
 
 from gemmconv.blas import Gemm, small_products
-from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, address, aligned, canonical, five
+from gemmconv.lowerings.base import (
+    Array,
+    CannotLowerError,
+    Operands,
+    Workspace,
+    address,
+    aligned,
+    canonical,
+    five,
+    laid,
+)
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each
 from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes, small_s
@@ -191,9 +201,9 @@ class Gather:
                     yield tap, c, d.slot + a, h.slot + b, *shifted
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
+        workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
+        problem, gemm = self.problem, workspace.gemm
         item, cf = gemm.itemsize, problem.cout
         batch, depth, height, channels = self.block(index)
         n = channels[1] - channels[0]
@@ -208,8 +218,7 @@ class Gather:
             grid, ld = workspace.take(self.grid_values(sizes)), self.axes[2].stride * cf
             grid_at = address(grid)
             self._fill(grid, operands.value, batch, depth, height, sizes)
-        if clock:
-            clock("pack")
+        workspace.mark("pack")
         taps, ld_taps = (operands.packed, problem.cin) if self.packs else (operands.filter, problem.pitch)
         planes = sizes.planes + self.slots[0].reach
         for tap, c, d, h, planes_on, lines_on in self._gemms():
@@ -221,17 +230,15 @@ class Gather:
                 self._small(grid, at, taps, first, ld_taps, sums, workspace)
             else:
                 self._gemm(gemm, grid_at + at * item, ld, address(taps) + first, ld_taps, sums)
-        if clock:
-            clock("gemm")
+        workspace.mark("gemm")
         if problem.dtype.kind == "c":
             sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
         row, line = n * item, self.rows_of_line * n * item
         shape = sizes.planes, sizes.lines, self.axes[2].coarse, n
-        found = np.ndarray(shape, sums.dtype, sums, 0, (sizes.pitch * line, line, row, item))
+        found = laid(sums, shape, 0, (sizes.pitch * line, line, row, item))
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
         store(output[batch, slice(*depth), slice(*height), :, slice(*channels)], found)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _gemm(self, gemm: Gemm, grid_at: int, ld: int, taps_at: int, ld_taps: int, sums: Array) -> None:
         """Add the products of all rows with the taps of one GEMM, every `apart`-th row at a time."""
@@ -253,11 +260,11 @@ class Gather:
         k = taps_of_w * self.problem.cout
         used = workspace.used
         spare = workspace.take(apart * pieces * each, n)
-        a = np.ndarray((apart, pieces, each, k), sums.dtype, grid, at * item,
-                       (row * item, each * apart * row * item, apart * row * item, item))  # fmt: skip
-        b = np.ndarray((k, n), sums.dtype, taps, first, (ld_taps * item, item))
-        c = np.ndarray((apart, pieces, each, n), sums.dtype, spare, 0,
-                       (n * item, each * apart * n * item, apart * n * item, item))  # fmt: skip
+        of_a = (row * item, each * apart * row * item, apart * row * item, item)
+        of_c = (n * item, each * apart * n * item, apart * n * item, item)
+        a = laid(grid, (apart, pieces, each, k), at * item, of_a)
+        b = laid(taps, (k, n), first, (ld_taps * item, item))
+        c = laid(spare, (apart, pieces, each, n), 0, of_c)
         np.matmul(a, b, out=c)
         np.add(sums, spare[:m], out=sums)
         workspace.used = used

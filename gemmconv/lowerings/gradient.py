@@ -150,10 +150,11 @@ class Gradient:
         return total * len(self.channels) + copy_s(2 * added, problem.cin, spilled=True)
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
+        workspace.buffer(SMALLEST_BUFFER)
+        workspace.reset()
+        problem, gemm = self.problem, workspace.gemm
         channels_first, item = problem.layout == "NCDHW", gemm.itemsize
-        windows, parts = workspace.views(self, lambda: self._memory(workspace))
+        windows, parts = self._memory(workspace)
         share, taps, channels = self.block(index)
         n = channels[1] - channels[0]
         (d0, d1), (h0, h1), (w0, w1) = taps
@@ -174,8 +175,7 @@ class Gradient:
         for batch, depth, height, width in runs[mine]:
             rows = Box(batch, depth, height, width)
             m = math.prod(rows.sizes)
-            if clock:
-                clock("overhead")
+            workspace.mark("overhead")
             windows.copy(rows, taps, windows.open(operands.value, rows, taps))
             part = by_row[tuple(slice(*r) for r in rows)]
             ld = operands.steps[1][4 if channels_first else 3]
@@ -183,25 +183,28 @@ class Gradient:
                 widened = five(problem.layout, wide[: m * n], rows.sizes[0], rows.sizes[1:], n)
                 np.copyto(widened, part, casting="unsafe")
                 part, ld = widened, m if channels_first else n
-            if clock:
-                clock("pack")
+            workspace.mark("pack")
             if self.unpacked and min(k, n) > 1:
                 columns = windows.buffer[: m * k]
                 by_tap = columns.reshape(k, m) if self.tap_major else columns.reshape(m, k).T
-                multiply(by_tap, part.reshape(m, n), as_strided(sums, (k, n), (ld_sums * item, item)), parts, adds=True)
+                multiply(
+                    by_tap,
+                    part.reshape(m, n),
+                    as_strided(sums, (k, n), (ld_sums * item, item), subok=True),
+                    parts,
+                    adds=True,
+                )
             elif channels_first:
                 gemm(k, n, m, windows.address, m, False, address(part), ld, True, to, ld_sums, True)
             else:
                 columns_ld, lie_by_row = m if self.tap_major else k, not self.tap_major
                 gemm(k, n, m, windows.address, columns_ld, lie_by_row, address(part), ld, False, to, ld_sums, True)
-            if clock:
-                clock("gemm")
+            workspace.mark("gemm")
         if not in_place:
             if problem.dtype.kind == "c":
                 sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
             store(output, sums.reshape(output.shape))
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _memory(self, workspace: Workspace) -> tuple[Windows, Array]:
         columns = self.rows * self.deep * self.problem.cout

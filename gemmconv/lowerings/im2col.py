@@ -19,11 +19,20 @@ from typing import NamedTuple
 import numpy as np
 
 from gemmconv.blas import reads_matrix
-from gemmconv.lowerings.base import Array, NotFiniteError, Operands, Workspace, address, canonical, five, too_far
+from gemmconv.lowerings.base import Array, Operands, Workspace, address, canonical, five, too_far
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit, located
 from gemmconv.lowerings.by_rows import groups
-from gemmconv.lowerings.copies import is_finite, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, streamed_s, unpacked_s
+from gemmconv.lowerings.copies import need_finite, store
+from gemmconv.lowerings.cost import (
+    SMALLEST_BUFFER,
+    SPILLED_VALUE_S,
+    best,
+    copy_s,
+    gemm_s,
+    packing_s,
+    streamed_s,
+    unpacked_s,
+)
 from gemmconv.lowerings.products import LARGEST, multiply, parts_of, parts_values, unpacked
 from gemmconv.lowerings.windows import (
     Taps,
@@ -52,6 +61,8 @@ _BLOCKS = range(2, 9)
 # before a second worker has begun. In how many pieces the taps of a share are copied.
 _SHARES, _MOST_SHARED, _LARGE_FILTER = 2, 1 << 18, 1 << 23
 _PIECES = (1, 2, 4)
+# Columns of tiles of a filter that has more.
+_TILES = (32,)
 
 
 class Block(NamedTuple):
@@ -75,9 +86,10 @@ class Im2Col:
     tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
     unpacked: bool  # whether products are formed of small ones that BLAS does not pack
     shares: int = 1  # of the taps
+    tiles: int = 0  # columns of the tiles that the filter is packed in, [tile, tap and channel, column]; or 0
 
     @property
-    def packs(self) -> bool:
+    def widens(self) -> bool:
         """Whether the filter is widened."""
         return self.problem.dtype != self.problem.compute_dtype
 
@@ -146,7 +158,7 @@ class Im2Col:
             return 0
         item = self.problem.compute_dtype.itemsize
         deep = {math.prod(stop - start for start, stop in box) * self.problem.cout for box in self.taps}
-        return max(parts_values(*self._sizes, k, item, len(self.taps) > 1) for k in deep)
+        return max(parts_values(*self._sizes, k, item, len(self.taps) > 1, self.tiles) for k in deep)
 
     @property
     def _sizes(self) -> tuple[int, int]:
@@ -161,16 +173,29 @@ class Im2Col:
 
     @property
     def packed_values(self) -> int:
-        return math.prod(self.problem.kernel) * self.problem.cout * self.problem.cin if self.packs else 0
+        return self._lines * self.problem.cin if self.widens or self.tiles else 0
+
+    @property
+    def _lines(self) -> int:
+        """The lines of the filter, each of a tap and a channel."""
+        return math.prod(self.problem.kernel) * self.problem.cout
 
     def pack(self, filter: Array, packed: Array) -> None:
-        """Widen the filter."""
-        np.copyto(packed.reshape(filter.shape), filter, casting="unsafe")
+        """Widen the filter, or copy it to tiles."""
+        self.pack_part(filter, packed, 0, 1)
+
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+        """Do one of so many parts of that."""
+        lines = self._lines
+        mine = slice(lines * part // parts, lines * (part + 1) // parts)
+        columns = self.tiles or self.problem.cin
+        to = packed.reshape(-1, lines, columns)[:, mine]
+        np.copyto(to, filter.reshape(lines, -1, columns)[mine].swapaxes(0, 1), casting="unsafe")
 
     @property
     def reason(self) -> str:
         channels = f", {self.channels.longest} of {self.problem.cin} channels" if len(self.channels) > 1 else ""
-        widened = ", filter widened" if self.packs else ""
+        widened = ", filter widened" if self.widens else f", filter in tiles of {self.tiles}" if self.tiles else ""
         columns = f"columns of {self.deep} taps times {self.problem.cout} channels"
         shares = f", in {self.shares} shares of the taps" if self.shares > 1 else ""
         return f"{columns} for up to {self.rows} rows{channels}{shares}{widened}"
@@ -197,8 +222,9 @@ class Im2Col:
                 total += each + copy_s(values, values)
             k = taps * problem.cout
             if min(rows, n) > 1 and self.unpacked:
-                parts = parts_of(*self._sizes, k, item, len(self.taps) > 1)
-                total += unpacked_s(rows, n, k, parts, apart=0 if problem.layout == "NCDHW" else problem.pitch)
+                parts = parts_of(*self._sizes, k, item, len(self.taps) > 1, self.tiles)
+                lies = problem.layout == "NDHWC" and not self.tiles
+                total += unpacked_s(rows, n, k, parts, apart=problem.pitch if lies else 0)
                 if values * item > machine.l2_bytes * _SPILLED_SHARE:
                     total += values * SPILLED_VALUE_S
             else:
@@ -211,13 +237,15 @@ class Im2Col:
             )
         stored = copy_s(rows * n, problem.cin, steps=1 if self.direct else 2, spilled=True)
         added = copy_s(2 * shared, problem.cin) if self.shares > 1 else 0.0
-        return blocks * total + self.count * stored + added
+        packing = packing_s(problem, copy_s(2 * self.packed_values, self.tiles)) if self.tiles else 0.0
+        return blocks * total + self.count * stored + added + packing
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        problem, gemm, clock = self.problem, workspace.gemm, workspace.clock
+        workspace.buffer(SMALLEST_BUFFER)
+        workspace.reset()
+        problem, gemm = self.problem, workspace.gemm
         item, channels_first = gemm.itemsize, problem.layout == "NCDHW"
-        windows, parts = workspace.views(self, lambda: self._memory(workspace))
+        windows, parts = self._memory(workspace)
         share, rows, channels = self.block(index)
         m, n = math.prod(rows.sizes), channels[1] - channels[0]
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
@@ -234,20 +262,21 @@ class Im2Col:
         to = address(sums)
         flat = sums.reshape(m, n)  # rows follow each other, so this is a view
         _, kh, kw = (axis.kernel for axis in self.axes)
-        taps = operands.packed if self.packs else operands.filter
-        taps = taps.reshape(-1, problem.cin)[:, slice(*channels)]
+        taps = operands.packed if self.packed_values else operands.filter
+        if self.tiles:
+            taps = taps.reshape(-1, self._lines, self.tiles)[slice(*(n // self.tiles for n in channels))]
+        else:
+            taps = taps.reshape(-1, problem.cin)[:, slice(*channels)]
         opened = windows.open(operands.value, rows, self.window)
         for i, box in enumerate(self._share(share)):
-            if clock:
-                clock("overhead")
+            workspace.mark("overhead")
             windows.copy(rows, box, opened)
-            if clock:
-                clock("pack")
+            workspace.mark("pack")
             k = math.prod(stop - start for start, stop in box) * problem.cout
             (d, _), (h, _), (w, _) = box
             first = ((d * kh + h) * kw + w) * problem.cout
             if small:
-                filter, columns = taps[first : first + k], windows.buffer[: m * k]
+                filter, columns = taps[..., first : first + k, :], windows.buffer[: m * k]
                 by_row = columns.reshape(k, m).T if self.tap_major else columns.reshape(m, k)
                 if channels_first:
                     multiply(filter.T, by_row.T, flat.T, parts, adds=i > 0)
@@ -260,19 +289,17 @@ class Im2Col:
                 else:
                     ld_row = m if self.tap_major else k
                     gemm(m, n, k, windows.address, ld_row, self.tap_major, at, ld_taps, False, to, ld, True)
-            if clock:
-                clock("gemm")
+            workspace.mark("gemm")
         if small:
             # Of zero too, for its sign: products that underflow give -0.0.
             np.add(sums, start, sums)
-        if self.padded and not is_finite(sums) and not is_finite(taps):
-            raise NotFiniteError
+        if self.padded:
+            need_finite(sums, taps)
         if not self.direct:
             if problem.dtype.kind == "c":
                 sums += 0
             store(output, sums)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _memory(self, workspace: Workspace) -> tuple[Windows, Array]:
         columns = self.rows * self.deep * self.problem.cout
@@ -347,7 +374,9 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
     d, h, w = (axis.coarse for axis in axes)
     every = problem.batch * d * h * w
 
-    def candidate(rows: int, parts: int, tap_major: bool, small: bool, shares: int = 1, pieces: int = 1) -> Im2Col:
+    def candidate(
+        rows: int, parts: int, tap_major: bool, small: bool, tiles: int, shares: int = 1, pieces: int = 1
+    ) -> Im2Col:
         cuts = row_cuts(problem, axes, rows)
         longest = [cut.longest for cut in cuts]
         channels = Cut(problem.cin, -(-problem.cin // parts))
@@ -357,12 +386,19 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
         taps = tap_boxes(axes, max(1, most_taps))
         apart = phases_apart(axes[2], tap_major)
         grid = longest[0] * grid_values(axes, longest[1:], problem.kernel, apart) * problem.cout
-        return Im2Col(problem, axes, cuts, channels, taps, grid if grid <= most else 0, tap_major, small, shares)
+        grid = grid if grid <= most else 0
+        if math.prod(cut.shortest for cut in cuts) == 1 or any(stop % max(1, tiles) for _, stop in channels):
+            tiles = 0
+        return Im2Col(problem, axes, cuts, channels, taps, grid, tap_major, small, shares, tiles)
 
     planes = [-(-n // blocks) * each for n, each in ((problem.batch, d * h * w), (d, h * w)) for blocks in _BLOCKS]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     every_rows = sorted({min(n, every) for n in (*_ROWS, *planes)})
-    ways = list(product(orders(problem, axes[2]), (False, True) if unpacked(problem) else (False,)))
+    formed = [(False, 0)]
+    if unpacked(problem):
+        wide = problem.layout == "NDHWC" and problem.cin > max(_TILES, default=0)
+        formed += [(True, columns) for columns in (0, *_TILES * wide)]
+    ways = [(order, *way) for order, way in product(orders(problem, axes[2]), formed)]
     found = [candidate(r, n, *way) for r in every_rows for n in parts for way in ways]
     for shares in share_counts(problem)[1:] if _is_direct(problem) else ():
         found += [candidate(every, 1, *way, shares, pieces) for way in ways for pieces in _PIECES]

@@ -113,8 +113,8 @@ class InPlace(AsItLies):
         )
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        problem, (d, h, w), clock = self.problem, self.axes, workspace.clock
+        workspace.buffer(SMALLEST_BUFFER)
+        problem, (d, h, w) = self.problem, self.axes
         box = tuple(slice(*span) for span in self.block(index))
         value = five(problem.layout, operands.value, problem.batch, (d.coarse, h.coarse, w.coarse), problem.cin)[box]
         cells = operands.output.reshape(problem.batch, d.coarse, d.kernel, h.coarse, h.kernel, w.coarse, -1)
@@ -125,12 +125,10 @@ class InPlace(AsItLies):
         right = tiles[:, :, :, np.newaxis, np.newaxis, np.newaxis]
         for start, stop in Cut(w.coarse, largest_rows(self.columns, problem.cin)):
             np.matmul(value[..., start:stop, :], right, to[..., start:stop, :])
-        if clock:
-            clock("gemm")
+        workspace.mark("gemm")
         # Zero is added for its sign: products that underflow give -0.0.
         np.add(cells, operands.start((0, self._lanes)), cells)
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
 
 def schedule(problem: Problem, machine: Machine) -> InPlace:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -34,7 +34,6 @@ from gemmconv.lowerings.base import (
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each, located
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import (
-    MOST_STEPS_KEPT,
     SMALLEST_BUFFER,
     best,
     copy_s,
@@ -90,7 +89,6 @@ class Kn2Row:
     panels: tuple[tuple[Panel, ...], ...]  # of each group
     channels: Cut
     packs: bool  # whether the filter is copied, panel by panel, or used as it lies
-    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -209,15 +207,14 @@ class Kn2Row:
                     np.copyto(to[..., i, :], taps[(*box, slice(start, stop))], casting="unsafe")
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
+        workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         problem, gemm, cin = self.problem, workspace.gemm, self.problem.cin
-        block, program = self.block(index), self._program(index)
+        block, program = self.block(index), self._made(self.block(index))
         channels = block.channels[1] - block.channels[0]
         sizes, group = program.sizes, self.groups[block.group]
         lanes = (group[1] - group[0], len(self.slots[1].offsets), len(self.slots[2].offsets))
         columns = math.prod(lanes) * channels
-        clock = workspace.clock
         sums = workspace.take(sizes.rows * columns)
         channels_first, item = problem.layout == "NCDHW", gemm.itemsize
         # Sums that begin with 0 end as +0.0 where products are -0.0.
@@ -236,15 +233,13 @@ class Kn2Row:
             ld = steps[4] if channels_first else steps[3]
             offset = sum(at * step for at, step in zip(program.in_place, steps, strict=False))
             source = address(operands.value) + offset * item
-        if clock:
-            clock("pack")
+        workspace.mark("pack")
         to = address(sums)
         taps = operands.packed if self.packs else operands.filter
         per_channel = taps.size // (problem.cout * cin) if self.packs else 1
         taps_at = address(taps) + block.channels[0] * per_channel * cin * item
         self.multiply(gemm, block.group, channels, program.products, source, ld, to, sizes.rows, taps_at)
-        if clock:
-            clock("gemm")
+        workspace.mark("gemm")
         if problem.dtype.kind == "c":
             sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
         shape = (block.depth[1] - block.depth[0], sizes.pitch, sizes.grid[2])
@@ -260,8 +255,7 @@ class Kn2Row:
             target = output[cells]
             # Splitting an axis in two never copies.
             store(target.reshape(*target.shape[:2], -1, together, target.shape[3]), by_row[where])
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def multiply(
         self, gemm: Gemm, group: int, channels: int, products: Sequence[tuple[int, int, int, int]],
@@ -297,15 +291,6 @@ class Kn2Row:
             return panel.first * channels
         _, h, w = (axis.kernel for axis in self.axes)
         return ((panel.tap[0] * h + panel.tap[1]) * w + panel.tap[2]) * self.problem.cout
-
-    def _program(self, index: int) -> Program:
-        """Return what a block does: made once for schedules of few steps, where making it would take long."""
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            if (len(program.products) + len(program.stores)) * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
-        return program
 
     def _made(self, block: Block) -> Program:
         spans = block[1:4]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from gemmconv.lowerings.base import (
 )
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, digit, located
 from gemmconv.lowerings.copies import copy, is_far, read_ahead, store
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, pass_s, read_s, total_s, unpacked_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, pass_s, read_s, total_s, unpacked_s
 from gemmconv.lowerings.im2col import row_cuts, share_counts
 from gemmconv.lowerings.phases import reached
 from gemmconv.lowerings.products import LARGEST, multiply, parts_of, parts_values, unpacked
@@ -60,7 +60,6 @@ class Landed(AsItLies):
     axes: tuple[Axis, Axis, Axis]
     cuts: tuple[Cut, Cut, Cut, Cut]  # of batch, depth, height and width of the result
     shares: int  # of the taps
-    programs: dict[int, list[Step]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -121,45 +120,31 @@ class Landed(AsItLies):
         return blocks * math.prod(problem.kernel) * each + self.shares * (stored + added)
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
+        workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        problem, clock, (k, n) = self.problem, workspace.clock, (self.problem.cout, self.problem.cin)
+        problem, (k, n) = self.problem, (self.problem.cout, self.problem.cin)
         share, rows = self.block(index)
         fine = five(problem.layout, operands.value, problem.batch, [axis.fine for axis in self.axes], k)
         filter, far = operands.filter.reshape(-1, k, n), is_far(operands.filter)
         found, values, made, parts = map(workspace.take, self._sizes)
         sums = found[: math.prod(rows.sizes) * n].reshape(*rows.sizes, n)
         sums[...] = 0 if share else operands.start((0, n))
-        for tap, m, source, to in self._program(index):
-            if clock:
-                clock("overhead")
+        for tap, m, source, to in self._steps(index):
+            workspace.mark("overhead")
             x, of_tap, y = values[: m * k].reshape(m, k), filter[tap], made[: m * n].reshape(m, n)
             inside = fine[source]
             copy(x.reshape(inside.shape), inside)
-            if clock:
-                clock("pack")
+            workspace.mark("pack")
             if far:
                 read_ahead(of_tap)
             multiply(x, of_tap, y, parts)
-            if clock:
-                clock("gemm")
+            workspace.mark("gemm")
             cells = sums[to]
             np.add(cells, y.reshape(cells.shape), cells)
-            if clock:
-                clock("col2im")
+            workspace.mark("col2im")
         output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], n)
         store(output[tuple(slice(*r) for r in rows)], sums)
-        if clock:
-            clock("store")
-
-    def _program(self, index: int) -> list[Step]:
-        """Return the steps of a block, kept for schedules of few of them."""
-        program = self.programs.get(index)
-        if program is None:
-            program = list(self._steps(index))
-            if math.prod(self.problem.kernel) * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
-        return program
+        workspace.mark("store")
 
     def _steps(self, index: int) -> Iterator[Step]:
         """Yield the taps of a block that reach anything."""

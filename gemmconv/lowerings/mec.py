@@ -304,12 +304,11 @@ class Mec:
         return f"{small} of {self.deep} taps and channels with {min(self.tile, row)} positions"
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        clock = workspace.clock
-        blocks = workspace.views(self, lambda: Blocks(self, workspace))
+        workspace.buffer(SMALLEST_BUFFER)
+        workspace.reset()
         batch, cut = located(index, self.cuts)
         spans = [*cut, (0, self.along[2].count)]
-        block = blocks.of(self.sizes(*(stop - start for start, stop in cut)))
+        block = Block(self, self.sizes(*(stop - start for start, stop in cut)), workspace)
         self.fill(block, operands.value, batch, spans)
         output = self.seen(operands.output, of_result=True)[batch]
         start = operands.start((0, self.own_groups * self.channels[1]))
@@ -322,8 +321,7 @@ class Mec:
         for pair, step in zip(self.pairs, block.steps, strict=True):
             for to, source in step.copies:
                 np.copyto(to, source)
-            if clock:
-                clock("pack")
+            workspace.mark("pack")
             b, c = pair.slots
             if b not in behind or c not in last:
                 continue
@@ -337,11 +335,9 @@ class Mec:
                         np.add(block.sums, block.spare, out=block.sums)
                 # Of zero too, for its sign: products that underflow give -0.0.
                 np.add(block.found, start, out=block.found)
-                if clock:
-                    clock("gemm")
+                workspace.mark("gemm")
                 store(output[fine, behind[b][1], last[c][1]], block.lines[q, behind[b][0], last[c][0]])
-                if clock:
-                    clock("store")
+                workspace.mark("store")
 
     def seen(self, array: Array, *, of_result: bool = False) -> Array:
         """View an array as [batch, free axis, next, last, channel]."""
@@ -430,6 +426,7 @@ class Block:
                     by_tap[one.run.phase, :, one.run.start :, ..., one.start * sizes.line :],
                     (groups, sizes.free, tiles, one.shape[2], each),
                     (of_group, of_line, each * item, of_row, item),
+                    subok=True,
                 )
                 for one in of_slot
             ]
@@ -442,23 +439,7 @@ def by_position(of: Mec, sizes: Sizes, lines: Array) -> Array:
     """View lines [group, line, channel, position] as [line, position of the next axis, of the last, group, channel]."""
     by_group, by_line, by_channel, item = lines.strides
     shape = sizes.free, sizes.behind, of.along[2].count, of.own_groups, of.channels[1]
-    return as_strided(lines, shape, (by_line, sizes.line * item, item, by_group, by_channel))
-
-
-class Blocks:
-    """The views of a worker's memory, by the sizes of blocks, of which there are four at most."""
-
-    def __init__(self, of: Mec, workspace: Workspace) -> None:
-        self._of, self._workspace = of, workspace
-        self._found: dict[Sizes, Block] = {}
-
-    def of(self, sizes: Sizes) -> Block:
-        """Return what a block sees."""
-        found = self._found.get(sizes)
-        if found is None:
-            self._workspace.reset()
-            found = self._found[sizes] = Block(self._of, sizes, self._workspace)
-        return found
+    return as_strided(lines, shape, (by_line, sizes.line * item, item, by_group, by_channel), subok=True)
 
 
 def _as_slice(taps: Sequence[int]) -> slice | Sequence[int]:

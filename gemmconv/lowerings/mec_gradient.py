@@ -107,9 +107,10 @@ class MecGradient:
         return f"products of lines of columns of {self.of.deep} taps and channels"
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
-        of, clock = self.of, workspace.clock
-        views = workspace.views(self, lambda: _Views(self, workspace))
+        workspace.buffer(SMALLEST_BUFFER)
+        of = self.of
+        workspace.reset()
+        views = _Views(self, workspace)
         views.sums[...] = 0
         for batch, free, behind in product(range(self.problem.batch), *of.cuts):
             spans = [free, behind, (0, of.along[2].count)]
@@ -119,17 +120,16 @@ class MecGradient:
             for step in block.block.steps:
                 for to, source in step.copies:
                     np.copyto(to, source)
-            if clock:
-                clock("pack")
+            workspace.mark("pack")
             for one, (columns, found) in zip(of.products, block.products, strict=True):
                 np.matmul(block.coarse, columns, out=found)
                 sums = views.sums[one.weights].reshape(found.shape[0], *found.shape[3:])
-                np.add(sums, np.add.reduce(found, axis=(1, 2)), out=sums)
-            if clock:
-                clock("gemm")
-        self._store(views.sums, operands.output)
-        if clock:
-            clock("store")
+                summed = workspace.scratch(sums.shape, sums.dtype)
+                np.add.reduce(found, axis=(1, 2), out=summed)
+                np.add(sums, summed, out=sums)
+            workspace.mark("gemm")
+        self._store(views.sums, operands.output, workspace)
+        workspace.mark("store")
 
     def _fill(self, block: _Block, coarse: Array, batch: int, spans: list[Range]) -> None:
         """Copy the coarse lines of a block, with zeros between them."""
@@ -139,7 +139,7 @@ class MecGradient:
         by_group = coarse.reshape(*coarse.shape[:3], of.own_groups, of.channels[1])
         np.copyto(block.positions, by_group, casting="unsafe")
 
-    def _store(self, sums: Array, output: Array) -> None:
+    def _store(self, sums: Array, output: Array, workspace: Workspace) -> None:
         """Store the sums of each product in the taps it is of; those that meet nothing are 0."""
         of, (taken, given) = self.of, self.of.channels
         kernel, groups = output.shape[:3], of.own_groups
@@ -150,10 +150,12 @@ class MecGradient:
         for one in of.products:
             pieces = self.pieces(one.shape[2])
             found = sums[one.weights].reshape(groups, pieces, of.rows, -1).swapaxes(1, 2)[:, :given]
+            together = workspace.scratch(found.shape, found.dtype)
+            np.copyto(together, found)
             sizes = [len(of_axis) for of_axis in (one.run.taps, *one.taps)]
-            found = found.reshape(groups, given, *sizes, taken).transpose(2, 3, 4, 0, 1, 5)
+            found = together.reshape(groups, given, *sizes, taken).transpose(2, 3, 4, 0, 1, 5)
             where = np.ix_(one.run.taps, *one.taps)
-            rounded = np.empty(found.shape, output.dtype)
+            rounded = workspace.scratch(found.shape, output.dtype)
             store(rounded, found)
             taps[where] = rounded
 

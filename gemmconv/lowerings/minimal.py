@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemmconv import results
 from gemmconv.lowerings.base import Array
 from gemmconv.lowerings.phases import phases
 from gemmconv.problem import Axis
@@ -74,7 +75,8 @@ def combine_taps(g: Sequence[Array], u: Array) -> None:
         return
     np.add(u[0], u[1], out=u[3])
     u[3] *= 0.5
-    half = g[1].astype(u.dtype) * u.dtype.type(0.5)
+    half = results.empty(u[2].shape, u.dtype)
+    np.multiply(g[1], u.dtype.type(0.5), out=half)
     np.subtract(u[3], half, out=u[2])
     u[3] += half
 

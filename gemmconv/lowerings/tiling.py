@@ -11,13 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, NotFiniteError, Operands, canonical, five
+from gemmconv.lowerings.base import Array, Operands, canonical, five
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
-from gemmconv.lowerings.copies import as_items, item_size, store
+from gemmconv.lowerings.copies import as_items, item_size, need_finite, store
 from gemmconv.lowerings.minimal import RESULTS, Line, combine_sums
 from gemmconv.lowerings.products import LARGEST
 from gemmconv.problem import Axis, Problem
@@ -35,8 +35,6 @@ STEP_S = 7e-6
 MOST_WORKSPACE = 12
 # Bytes of a filter that are packed together: large steps are faster than small ones in cache.
 _PACKED_TOGETHER = 1 << 22
-# Blocks whose programs are kept, of some KiB each.
-_MOST_PROGRAMS = 512
 
 # For each filtered axis the order [which, place, ...] of arrays [which, which, u, v, place, place, channel].
 _FIRST = (0, 4, 1, 2, 3, 5, 6), (1, 5, 0, 2, 3, 4, 6)
@@ -62,7 +60,6 @@ class Tiling(ABC):
     axes: tuple[Axis, Axis, Axis, Axis]
     cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of q, of tiles and of the channels
     columns: int  # of the filter's tiles
-    programs: dict[int, Any]
 
     wants_finite_filter = False  # what is not finite makes results that are not
     wants_finite_value = False
@@ -90,24 +87,6 @@ class Tiling(ABC):
     @abstractmethod
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
         """Pack one of so many parts of the filter."""
-
-    @abstractmethod
-    def _made(self, block: Block) -> Any:
-        """Return a block's program, whose `layout` says what it does with a workspace."""
-
-    def _program(self, index: int) -> Any:
-        """Return what a block does, of which making takes long: it is kept, for the first of very many blocks.
-
-        Blocks of the same layout share it, and so their views of a workspace.
-        """
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            known = {id(other.layout): other.layout for other in self.programs.copy().values()}
-            program = program._replace(layout=next((x for x in known.values() if x == program.layout), program.layout))
-            if len(self.programs) < _MOST_PROGRAMS:
-                self.programs[index] = program
-        return program
 
     def _in_order(self, operands: Operands) -> tuple[Array, Array]:
         """Return the first operand and the result with axes in order."""
@@ -170,8 +149,7 @@ class Combining:
         combine_sums(self._second)
         np.add(self._begins, start, self._begins)
         combine_sums(self._first)
-        if not np.isfinite(np.add.reduce(self.results, axis=None)):
-            raise NotFiniteError
+        need_finite(self.results)
 
 
 # A run of places that are evenly apart: of the cells or results of an axis, the places, and the rows or fine positions.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -24,10 +24,6 @@ from gemmconv.problem import Axis, Problem
 Taps = tuple[Range, Range, Range]
 
 
-# Blocks of rows and boxes of taps whose views are kept.
-_MOST_KEPT = 256
-
-
 class Opened(NamedTuple):
     """What holds the values of some windows, [batch, d, h, phase, w, channel], and the fine position where it begins.
 
@@ -37,7 +33,6 @@ class Opened(NamedTuple):
     array: Array
     origin: tuple[int, int, int]
     whole: bool = True  # whether it holds all values: else those that are missing are 0
-    window: Taps | None = None  # of a grid, the taps it holds values for
 
 
 class Opening(NamedTuple):
@@ -53,7 +48,6 @@ class Windows:
 
     Columns lie [row, tap, channel], or with `tap_major` [tap, channel, row]: then values are first copied to a grid
     with channels first and phases of width apart, if that is not how they lie, so that rows are copied as whole lines.
-    The views of its workspace are kept for later calls.
     """
 
     def __init__(
@@ -63,8 +57,6 @@ class Windows:
         self._grid = workspace.take(grid)
         self.buffer = workspace.take(columns)
         self.address = address(self.buffer)
-        self._openings: dict[tuple[Box, Taps], Opening | bool] = {}
-        self._copies: dict[Any, list[tuple[Array, Array]]] = {}
 
     def open(self, fine: Array, rows: Box, taps: Taps) -> Opened:
         """Return what holds the values of the first operand that these rows and taps need.
@@ -72,12 +64,7 @@ class Windows:
         What the grid held before is lost. Where it would be too large the operand itself is returned.
         """
         fine = five(self._problem.layout, fine, self._problem.batch, [a.fine for a in self._axes], self._problem.cout)
-        key = rows, taps
-        opening = self._openings.get(key)
-        if opening is None:
-            if len(self._openings) >= _MOST_KEPT:
-                self._openings.clear()
-            opening = self._openings[key] = self._opening(rows, taps)
+        opening = self._opening(rows, taps)
         if isinstance(opening, bool):
             return Opened(fine[slice(*rows.batch), :, :, np.newaxis], (0, 0, 0), opening)
         for part in opening.outside:
@@ -102,7 +89,7 @@ class Windows:
             grid = self._grid[:many].reshape(sizes[0], sizes[5], *sizes[1:5]).transpose(0, 2, 3, 4, 5, 1)
         else:
             grid = self._grid[:many].reshape(sizes)
-        opened = Opened(grid, (spans[0][0], spans[1][0], spans[2][0]), window=taps)
+        opened = Opened(grid, (spans[0][0], spans[1][0], spans[2][0]))
         inside = [(max(0, a), min(axis.fine, b)) for axis, (a, b) in zip(self._axes, spans, strict=True)]
         if any(a >= b for a, b in inside):
             return Opening(opened, [grid], [])
@@ -121,16 +108,7 @@ class Windows:
 
     def copy(self, rows: Box, taps: Taps, opened: Opened) -> None:
         """Fill the buffer with the columns of a box of rows and a box of taps, from what `open` returned."""
-        if opened.window is None:
-            copies = self._columns(rows, taps, opened)
-        else:
-            key = rows.sizes, taps, opened.window
-            copies = self._copies.get(key, [])
-            if not copies:
-                if len(self._copies) >= _MOST_KEPT:
-                    self._copies.clear()
-                copies = self._copies[key] = self._columns(rows, taps, opened)
-        for to, source in copies:
+        for to, source in self._columns(rows, taps, opened):
             copy(to, source)
 
     def _columns(self, rows: Box, taps: Taps, opened: Opened) -> list[tuple[Array, Array]]:
@@ -167,7 +145,7 @@ class Windows:
             to = columns[..., tap::each, :]
             by_tap = of_w * (each * width.dilation // apart) * (to.shape[6] > 1)
             corner = array[:, d:, h:, at % apart, at // apart :]
-            found.append((to, as_strided(corner, to.shape, (of_b, *steps, by_tap, of_c))))
+            found.append((to, as_strided(corner, to.shape, (of_b, *steps, by_tap, of_c), subok=True)))
         return found
 
     def _by_tap(self, rows: Box, taps: Taps, columns: Array, fine: Array) -> list[tuple[Array, Array]]:

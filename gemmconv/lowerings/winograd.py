@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +22,6 @@ from gemmconv.lowerings import filtered
 from gemmconv.lowerings.base import (
     Array,
     CannotLowerError,
-    NotFiniteError,
     Operands,
     Schedule,
     Workspace,
@@ -33,9 +32,8 @@ from gemmconv.lowerings.base import (
     simplified,
 )
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each
-from gemmconv.lowerings.copies import store
+from gemmconv.lowerings.copies import need_finite, store
 from gemmconv.lowerings.cost import (
-    MOST_STEPS_KEPT,
     SMALLEST_BUFFER,
     best,
     copy_s,
@@ -95,7 +93,6 @@ class Winograd:
     lines: tuple[Line, ...]
     cuts: tuple[Cut, Cut]  # of tiles or q in depth and height
     inner: Kn2Row
-    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     wants_finite_filter = True
 
@@ -221,10 +218,10 @@ class Winograd:
                         combine_taps([x[(*box, slice(start, stop))] for x in g], u[..., i, :])
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
+        workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         problem, cin, inner = self.problem, self.problem.cin, self.inner
-        block, program, clock = self.block(index), self._program(index), workspace.clock
+        block, program = self.block(index), self._made(self.block(index))
         line = self.lines[block.line]
         channels = block.channels[1] - block.channels[0]
         lanes = tuple(len(of_axis.offsets) for of_axis in inner.slots)
@@ -252,8 +249,7 @@ class Winograd:
             v.append(np.moveaxis(of_point[:used].reshape(*sizes.grid, cin), self.along, 0))
         tiles = len(v[0])
         combine_rows([x[i : i + RESULTS * tiles - 1 : RESULTS] for i in range(line.points)], v)
-        if clock:
-            clock("pack")
+        workspace.mark("pack")
         item = workspace.gemm.itemsize
         before = sum(other.points for other in self.lines[: block.line]) * self._taps * problem.cout
         first_row = before + block.channels[0] * self._taps
@@ -263,17 +259,14 @@ class Winograd:
                 workspace.gemm, 0, channels, program.products, address(grid),
                 sizes.grid_rows if problem.layout == "NCDHW" else cin, address(z), sizes.rows, taps_at,
             )  # fmt: skip
-        if clock:
-            clock("gemm")
+        workspace.mark("gemm")
         combine_sums(sums)
         results = sums[:RESULTS]
         for z in results:
             if problem.dtype.kind == "c":
                 z += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
-            if not np.isfinite(np.add.reduce(z)):
-                raise NotFiniteError
-        if clock:
-            clock("col2im")
+            need_finite(z)
+        workspace.mark("col2im")
         shape = (q[0], sizes.pitch, sizes.grid[2])
         output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
         output = output[block.batch, ..., slice(*block.channels)]
@@ -287,17 +280,7 @@ class Winograd:
             target = output[cells]
             # Splitting an axis in two never copies.
             store(target.reshape(*target.shape[:2], -1, together, target.shape[3]), by_row[where])
-        if clock:
-            clock("store")
-
-    def _program(self, index: int) -> Program:
-        """Return what a block does: made once for schedules of few steps, where making it would take long."""
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            if (len(program.products) + len(program.stores)) * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
-        return program
+        workspace.mark("store")
 
     def _made(self, block: Block) -> Program:
         line = self.lines[block.line]

@@ -13,17 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemmconv import results
 from gemmconv.lowerings import filtered_conv, winograd
 from gemmconv.lowerings.base import (
     Array,
     CannotLowerError,
-    NotFiniteError,
     Operands,
     Schedule,
     Workspace,
@@ -33,8 +33,8 @@ from gemmconv.lowerings.base import (
     five,
 )
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each
-from gemmconv.lowerings.copies import copy, store
-from gemmconv.lowerings.cost import MOST_STEPS_KEPT, SMALLEST_BUFFER, best, copy_s, gemm_s, packing_s, pass_s, total_s
+from gemmconv.lowerings.copies import copy, need_finite, store
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, packing_s, pass_s, total_s
 from gemmconv.lowerings.pairs import SIGNS, Pairs, Piece, Term, add_points, combine_cells, combine_taps, scheme
 from gemmconv.lowerings.phases import Slots, places, slots
 from gemmconv.lowerings.turned import twin
@@ -85,7 +85,6 @@ class Paired:
     slots: Slots  # of the third axis
     pairs: Pairs  # the other axes
     cuts: tuple[Cut, Cut]  # of the third axis and of the channels
-    programs: dict[int, Program] = field(default_factory=dict, compare=False, repr=False)
 
     wants_finite_filter = True
     wants_finite_value = False
@@ -199,21 +198,21 @@ class Paired:
         taps = np.moveaxis(taps, self.along, 0)
         for point, terms in self.pairs.stages:
             for (_, p), of_p in groupby(terms, key=_of_first):
-                lines = np.empty((self.kernel, len(p.taps), *taps.shape[2:]), dtype)
+                lines = results.empty((self.kernel, len(p.taps), *taps.shape[2:]), dtype)
                 for i, of_residue in enumerate(p.taps):
                     combine_taps([taps[:, tap] for tap in of_residue], point, lines[:, i])
                 for term in of_p:
                     of_b = term.pieces[1].taps
-                    made = np.empty((self.kernel, len(p.taps), len(of_b), *taps.shape[3:]), dtype)
+                    made = results.empty((self.kernel, len(p.taps), len(of_b), *taps.shape[3:]), dtype)
                     for i, of_residue in enumerate(of_b):
                         combine_taps([lines[:, :, tap] for tap in of_residue], term.point, made[:, :, i])
                     yield made
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
-        np.setbufsize(SMALLEST_BUFFER)
+        workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         problem, (a, b), item = self.problem, (self.pairs.a, self.pairs.b), workspace.gemm.itemsize
-        block, program, clock = self.block(index), self._program(index), workspace.clock
+        block, program = self.block(index), self._made(self.block(index))
         here, n = block.along[1] - block.along[0], block.channels[1] - block.channels[0]
         q, cout = program.q[1] - program.q[0], problem.cout
         sizes = self._sizes(q, here)
@@ -223,8 +222,7 @@ class Paired:
         sums = workspace.take(len(b.points), here * row)
         results = workspace.take(a.pair, b.pair, here * row)
         results.reshape(-1, n)[...] = operands.start(block.channels)
-        if clock:
-            clock("pack")
+        workspace.mark("pack")
         rows_at, sums_at, q_values = address(all_rows), address(sums), self.pairs.rows * self.lanes
         packed_at = address(operands.packed) + block.channels[0] * (self.packed_values // problem.cin) * item
         for point, terms in self.pairs.stages if program.steps else ():
@@ -238,8 +236,7 @@ class Paired:
                 rows = all_rows[: q * self.pairs.rows * self.lanes * k].reshape(q * a.rows, b.tiles, -1)
                 for term in of_p:
                     combine_cells(lines, b.takes(term.pieces[1], term.point), rows)
-                    if clock:
-                        clock("pack")
+                    workspace.mark("pack")
                     of_point = sums_at + b.points.index(term.point) * here * row * item
                     for step in program.steps:
                         workspace.gemm(
@@ -248,22 +245,18 @@ class Paired:
                             packed_at + step.tap * k * n * item, n, False, of_point + step.row * row * item, n, True,
                         )  # fmt: skip
                     packed_at += self.kernel * k * n * item
-                    if clock:
-                        clock("gemm")
+                    workspace.mark("gemm")
             if b.pair > 1:
                 add_points(sums, b.points)
             for result, sign in zip(results, SIGNS[point], strict=False):
                 if sign:
                     (np.add if sign > 0 else np.subtract)(result, sums[-b.pair :], out=result)
-            if clock:
-                clock("col2im")
+            workspace.mark("col2im")
         if problem.dtype.kind == "c":
             results += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
-        if not np.isfinite(results).all():
-            raise NotFiniteError
+        need_finite(results)
         self._store(block, operands, results.reshape(a.pair, b.pair, here, a.tiles, a.apart, b.tiles, b.apart, n))
-        if clock:
-            clock("store")
+        workspace.mark("store")
 
     def _cells(self, program: Program, operands: Operands, arrays: list[Array], q: int) -> list[Array]:
         """Fill the cells of all families, with zeros beyond the fine array: [which of a, ..., tile of a, the rest]."""
@@ -286,15 +279,6 @@ class Paired:
         for i, j, r, s in product(range(a.pair), range(b.pair), range(a.apart), range(b.apart)):
             to = output[:, i * a.apart + r :: a.pair * a.apart, j * b.apart + s :: b.pair * b.apart]
             store(to, results[i, j, :, : to.shape[1], r, : to.shape[2], s])
-
-    def _program(self, index: int) -> Program:
-        """Return what a block does: made once for schedules of few steps, where making it would take long."""
-        program = self.programs.get(index)
-        if program is None:
-            program = self._made(self.block(index))
-            if (len(program.steps) + len(program.cells)) * self.count <= MOST_STEPS_KEPT:
-                self.programs[index] = program
-        return program
 
     def _made(self, block: Block) -> Program:
         here, (first, last) = block.along, self.slots.shifts

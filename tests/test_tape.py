@@ -1,0 +1,352 @@
+"""Blocks are recorded the second time they are run and played from then on: to the same bits, for operands anywhere."""
+
+from functools import partial
+
+import conftest
+import numpy as np
+import oracle
+import pytest
+import relation
+from numpy.lib.stride_tricks import as_strided
+from oracle import same_bits
+
+import gemmconv
+from gemmconv.compat import torch
+from gemmconv.lowerings import NotFiniteError, Operands, Workspace, tape
+from gemmconv.lowerings.copies import need_finite
+from gemmconv.profile import Clock
+
+F4 = np.dtype(np.float32)
+STEPS = ((0, 0, 0, 0, 1),) * 3
+
+
+@pytest.fixture(autouse=True)
+def as_it_is(tape_checked, monkeypatch):
+    """Undo what is done to all other tests."""
+    monkeypatch.setattr(tape.Tapes, "run", conftest.AS_IT_IS)
+    gemmconv.clear_cache()
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Count recorded and played blocks."""
+    found = {"recorded": 0, "played": 0}
+    record, play = tape.Recorder.recording, tape.Recording.play
+
+    def recording(self):
+        found["recorded"] += 1
+        return record(self)
+
+    def played(self, operands, workspace):
+        found["played"] += 1
+        play(self, operands, workspace)
+
+    monkeypatch.setattr(tape.Recorder, "recording", recording)
+    monkeypatch.setattr(tape.Recording, "play", played)
+    return found
+
+
+def drawn(rng, shape):
+    return rng.integers(-8, 9, shape).astype("f4")
+
+
+class Schedule:
+    """Two blocks, each of four values of the output, by any function of its operands and workspace."""
+
+    count = 2
+
+    def __init__(self, function):
+        self.function = function
+        self.runs = 0
+
+    def run(self, index, operands, workspace):
+        self.runs += 1
+        workspace.reset()
+        self.function(slice(4 * index, 4 * index + 4), operands, workspace)
+
+
+def operands_of(rng, bias=None):
+    value, filter = drawn(rng, 8), drawn(rng, 8)
+    return Operands(value, filter, np.full(8, 99, F4), np.empty(0, F4), STEPS, bias)
+
+
+def adds(mine, operands, workspace):
+    """Add value and filter, by way of the workspace and of an array that is made."""
+    sums, made = workspace.take(4), np.empty(4, F4)
+    np.copyto(sums, operands.value[mine])
+    np.add(sums, operands.filter[mine], out=made)
+    workspace.mark("gemm")
+    operands.output[mine] = made[::-1]
+    if operands.bias is not None:
+        operands.output[mine] += operands.start((0, 1))
+    workspace.mark("store")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
+@pytest.mark.parametrize("operation", sorted(relation.OPERATIONS))
+def test_from_the_third_call_on_blocks_are_played_with_other_operands(operation, layout, workers, counts):
+    rng = np.random.default_rng(1)
+    fine, coarse = (oracle.caller_order([2, *sizes, 8], layout) for sizes in ((9, 10, 11), (5, 5, 6)))
+    how = {
+        "strides": oracle.caller_order([1, 2, 2, 2, 1], layout), "padding": "SAME", "data_format": layout,
+        "workers": workers,
+    }  # fmt: skip
+
+    def call(dtype, x, y, w):
+        x, y, w = (array.astype(dtype) for array in (x, y, w))
+        if operation == "conv3d_transpose":
+            return gemmconv.conv3d_transpose(y, w, fine, **how)
+        if operation == "conv3d":
+            return gemmconv.conv3d(x, w, **how)
+        return gemmconv.conv3d_backprop_filter_v2(x, w.shape, y, **how)
+
+    for i in range(5):
+        arrays = drawn(rng, fine), drawn(rng, coarse), drawn(rng, (3, 3, 3, 8, 8))
+        want = call("f8", *arrays).astype("f4")
+        counts.update(recorded=0, played=0)
+        assert same_bits(call("f4", *arrays), want)
+        used = ["recorded", "played"][i > 1]
+        assert (counts[used] > 0) == (i > 0)
+        assert sum(counts.values()) == counts[used]
+
+
+def test_a_bias_is_recorded_by_itself(counts):
+    rng = np.random.default_rng(2)
+    for i in range(8):
+        x, w = drawn(rng, (1, 8, 5, 6, 7)), drawn(rng, (8, 8, 3, 3, 3))
+        bias = drawn(rng, 8) if i % 2 else None
+        wide = [None if array is None else array.astype("f8") for array in (x, w, bias)]
+        want = torch.conv_transpose3d(*wide, stride=2).astype("f4")
+        assert same_bits(torch.conv_transpose3d(x, w, bias, stride=2), want)
+    assert counts["recorded"] > 0
+    assert counts["played"] > 0
+
+
+def test_what_is_played_sees_values_that_are_not_finite():
+    rng = np.random.default_rng(3)
+    plan = partial(gemmconv.conv3d_transpose, strides=1, padding="SAME", algorithm="winograd")
+    for i in range(6):
+        x, w = drawn(rng, (1, 9, 9, 9, 32)), drawn(rng, (3, 3, 3, 32, 32))
+        if i > 3:
+            x[0, 4, 4, 4, 5] = (np.inf, np.nan)[i % 2]
+        want = oracle.conv3d_transpose(x, w, (1, 9, 9, 9, 32), (1, 1, 1), "SAME", "NDHWC", (1, 1, 1))
+        assert same_bits(plan(x, w), want.astype("f4"))
+
+
+def test_two_blocks_that_are_alike_share_a_tape():
+    rng = np.random.default_rng(4)
+    schedule = Schedule(adds)
+    tapes, workspaces = tape.Tapes(schedule), [Workspace(256, F4), Workspace(256, F4)]
+    for i in range(6):
+        for block in (0, 1):
+            operands = operands_of(rng, drawn(rng, 1) if i > 2 else None)
+            tapes.run(block, operands, workspaces[(block + i) % 2])
+            mine = slice(4 * block, 4 * block + 4)
+            want = np.full(8, 99, F4)
+            want[mine] = (operands.value + operands.filter)[mine][::-1]
+            want[mine] += 0 if operands.bias is None else operands.bias
+            assert same_bits(operands.output, want)
+    assert schedule.runs == 8
+    with_bias, without = (
+        len({id(r.tape) for k, r in tapes._recordings.items() if (k < 0) == b}) for b in (True, False)
+    )
+    assert with_bias == without == 1
+
+
+def test_each_worker_has_what_is_made_for_itself():
+    rng = np.random.default_rng(5)
+    tapes, workspaces = tape.Tapes(Schedule(adds)), [Workspace(256, F4), Workspace(256, F4)]
+    for _ in range(3):
+        for workspace in workspaces:
+            tapes.run(0, operands_of(rng), workspace)
+    first, second = (next(iter(workspace.bound.values()))._made[0] for workspace in workspaces)
+    assert not np.shares_memory(first, second)
+
+
+def test_phases_of_what_is_played():
+    rng = np.random.default_rng(6)
+    tapes, workspace = tape.Tapes(Schedule(adds)), Workspace(256, F4)
+    for _ in range(3):
+        workspace.clock = Clock()
+        tapes.run(0, operands_of(rng), workspace)
+        assert list(workspace.clock.seconds) == ["gemm", "store"]
+
+
+def test_operands_that_lie_elsewise_are_not_played(counts):
+    rng = np.random.default_rng(7)
+    tapes, workspace = tape.Tapes(Schedule(adds)), Workspace(256, F4)
+    for i in range(6):
+        operands = operands_of(rng)
+        if i > 3:
+            value = np.repeat(operands.value, 2)[::2]
+            assert value.strides != operands.value.strides
+            operands = operands._replace(value=value)
+        tapes.run(0, operands, workspace)
+        assert same_bits(operands.output[:4], (operands.value + operands.filter)[3::-1])
+        assert counts["played"] == min(2, max(0, i - 1))
+
+
+def test_what_is_held_is_filled_once_a_call():
+    rng = np.random.default_rng(8)
+    filled = []
+
+    @tape.step
+    def fill(to, source):
+        filled.append(1)
+        np.copyto(to, source)
+
+    def run(mine, operands, workspace):
+        rows = workspace.take(4)
+        workspace.hold("rows", "first half", lambda: fill(rows, operands.value[:4]))
+        np.add(rows, operands.filter[mine], out=operands.output[mine])
+
+    tapes, workspace = tape.Tapes(Schedule(run)), Workspace(256, F4)
+    for i in range(5):
+        filled.clear()
+        operands = operands_of(rng)
+        for block in (0, 1):
+            tapes.run(block, operands, workspace)
+        assert same_bits(operands.output, np.tile(operands.value[:4], 2) + operands.filter)
+        assert len(filled) == (2 if i == 1 else 1)  # recording fills always
+        workspace.release()
+
+
+def test_of_too_many_steps_a_schedule_is_run_as_it_is(counts, monkeypatch):
+    monkeypatch.setattr(tape, "MOST_STEPS", 4)
+    rng = np.random.default_rng(9)
+
+    def run(mine, operands, workspace):
+        for i in range(mine.start, mine.stop):
+            which = slice(i, i + 1)
+            (np.multiply if mine.start else np.hypot)(
+                operands.value[which], operands.filter[which], out=operands.output[which]
+            )
+
+    schedule = Schedule(run)
+    tapes, workspace = tape.Tapes(schedule), Workspace(256, F4)
+    for _ in range(4):
+        for block in (0, 1):
+            tapes.run(block, operands_of(rng), workspace)
+    assert counts == {"recorded": 1, "played": 2}
+    assert schedule.runs == 6
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: np.add(x, x),
+        lambda x, w: x + 1,
+        lambda x, w: np.concatenate([x, x]),
+        lambda x, w: np.empty_like(x),
+        lambda x, w: np.copyto(x[:4], x[4:], where=np.ones(4, bool)),
+        lambda x, w: np.copyto(x[:4], np.array(x[4:])),
+        lambda x, w: np.add(x, x.astype("f4"), out=x),
+        lambda x, w: np.copyto(w.take(2, 2), x.reshape(2, 4).T.reshape(8)[:4].reshape(2, 2)),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_recorded_is_refused(use):
+    """A new array would be of the values that were there when it was recorded."""
+    workspace = Workspace(256, F4)
+    recorder = tape.Recorder(workspace, operands_of(np.random.default_rng(10)))
+    with pytest.raises(tape.CannotRecordError, match="recorded"):
+        use(recorder.operands.value, recorder)
+
+
+def test_what_cannot_be_recorded_is_run_as_it_is(counts):
+    rng = np.random.default_rng(13)
+
+    def run(mine, operands, workspace):
+        operands.output[mine] = operands.value[mine] + operands.filter[mine]
+
+    schedule = Schedule(run)
+    tapes, workspace = tape.Tapes(schedule), Workspace(256, F4)
+    for _ in range(4):
+        operands = operands_of(rng)
+        tapes.run(0, operands, workspace)
+        assert same_bits(operands.output[:4], (operands.value + operands.filter)[:4])
+    assert schedule.runs == 5
+    assert counts == {"recorded": 0, "played": 0}
+
+
+def test_calls_that_are_recorded():
+    """Additions in place, reductions, casts, indices that are arrays, views with other strides, functions as steps."""
+    rng = np.random.default_rng(11)
+
+    def run(mine, operands, workspace):
+        values = workspace.take(2, 2)
+        values[...] = operands.value[mine].reshape(2, 2).T
+        values += 1
+        total = np.empty((), F4)
+        np.add.reduce(values, axis=None, out=total)
+        np.add.reduce(values, axis=1, out=operands.output[mine][:2])
+        last = operands.output[mine][2:]
+        last[np.array([1, 0])] = operands.value[mine][:1:-1]
+        last[np.array([1, 0])] = as_strided(values, (2,), (12,), subok=True)
+        np.multiply(last, total, out=last)
+        np.copyto(operands.output.view(np.int32)[mine][:1], operands.filter[mine][:1], casting="unsafe")
+        need_finite(last)
+
+    tapes, workspace = tape.Tapes(Schedule(run)), Workspace(256, F4)
+    for _ in range(5):
+        operands = operands_of(rng)
+        tapes.run(1, operands, workspace)
+        values = operands.value[4:].reshape(2, 2).T + 1
+        want = np.array([0, values[1].sum(), values[1, 1], values[0, 0]], F4)
+        want[2:] *= values.sum()
+        want[:1].view(np.int32)[...] = operands.filter[4]
+        assert same_bits(operands.output[4:], want)
+        assert (operands.output[:4] == 99).all()
+    operands.value[5] = np.nan
+    with pytest.raises(NotFiniteError):
+        tapes.run(1, operands, workspace)
+
+
+@pytest.mark.parametrize(
+    ("calls", "steps"),
+    [
+        # Along one axis and along two, in any order of what follows.
+        ([(0, 0), (1, 1), (2, 2), (3, 3)], 1),
+        ([(3, 1), (2, 2), (1, 3)], 1),
+        ([(0, 0), (1, 1), (4, 5), (5, 6)], 1),
+        ([(0, 0), (1, 1), (2, 2), (5, 5), (6, 6), (7, 7)], 1),
+        # Not evenly apart, and one that is read twice.
+        ([(0, 0), (1, 1), (3, 3)], 2),
+        ([(0, 3), (1, 3), (2, 3)], 1),
+        # Written twice, and written before or after it is read.
+        ([(0, 0), (0, 1), (0, 2)], 3),
+        ([(1, 0), (2, 1), (3, 2)], 3),
+        ([(0, 1), (1, 2), (2, 3)], 3),
+    ],
+)
+@pytest.mark.parametrize("adds", [False, True])
+def test_calls_that_are_joined(calls, steps, adds):
+    """Calls write rows of 16 values of the workspace, from rows of it where they are to meet, else of the value."""
+    rng = np.random.default_rng(12)
+    meet = steps == len(calls)
+
+    def run(mine, operands, workspace):
+        rows = workspace.take(8, 16)
+        rows[...] = operands.value.reshape(8, 16)
+        source = rows if meet else operands.value.reshape(8, 16)
+        workspace.mark("pack")
+        for to, at in calls:
+            if adds:
+                np.add(rows[to], source[at], out=rows[to])
+            else:
+                rows[to] = source[at]
+        workspace.mark("gemm")
+        operands.output[...] = rows.reshape(-1)
+
+    tapes, workspace = tape.Tapes(Schedule(run)), Workspace(1024, F4)
+    for _ in range(4):
+        value = drawn(rng, 128)
+        operands = Operands(value, np.empty(0, F4), np.empty(128, F4), np.empty(0, F4), STEPS)
+        tapes.run(0, operands, workspace)
+        want = value.reshape(8, 16).copy()
+        source = want if meet else value.reshape(8, 16)
+        for to, at in calls:
+            want[to] = source[at] + (want[to] if adds else 0)
+        assert same_bits(operands.output, want.reshape(-1))
+    (_, _), (end, _) = (found := tapes._recordings[0].tape).marks
+    assert end - found.marks[0][0] == steps
