@@ -17,8 +17,9 @@ Array = np.ndarray[Any, Any]
 # glibc's malloc, DEFAULT_MMAP_THRESHOLD: it returns what is larger to the system until larger ones have been returned,
 # which those that are kept never are.
 LEAST_BYTES = 1 << 17
-# Of memory that is idle. A result takes it if that is at most a quarter larger than the result.
+# Of memory that is idle, and of how many results. A result takes it if that is at most a quarter larger than itself.
 MOST_IDLE_BYTES = 128 << 20
+_MOST_IDLE = 32
 _LARGER = 1.25
 
 # By identity, the first to become idle first. No lock: single operations on a dict are atomic, so that a fork, an
@@ -35,13 +36,13 @@ class _Lease:
         self._memory = memory
         self.__array_interface__ = memory.__array_interface__
 
-    def __del__(self, idle: dict[int, Array] = _idle, most: int = MOST_IDLE_BYTES) -> None:
+    def __del__(self, idle: dict[int, Array] = _idle, most: int = MOST_IDLE_BYTES, many: int = _MOST_IDLE) -> None:
         # Defaults, since the module's names may be gone when Python exits.
         memory = self._memory
         if memory.nbytes > most:
             return
         idle[id(memory)] = memory
-        while sum(kept.nbytes for kept in list(idle.values())) > most:
+        while len(idle) > many or sum(kept.nbytes for kept in list(idle.values())) > most:
             try:
                 idle.pop(next(iter(idle)))
             except (KeyError, StopIteration, RuntimeError):  # another thread has taken or left some

@@ -191,6 +191,8 @@ def run(
         schedule, needed = _complete(problem, machine), None
         packed = pack(schedule, problem, second, workers)
     pack_s = time.perf_counter() - pack_s
+    # What a plan needs is known, and others are not run again; windows differ from call to call.
+    again = needed is not None and excerpt is None
     needed = needed or needs(schedule)
     outputs = [result] if needed.shares == 1 else [*np.empty((needed.shares, *result.shape), result.dtype)]
     wholes = [first, packed.second, *outputs]
@@ -215,7 +217,7 @@ def run(
     clocks = [profile.Clock() if looking else None for _ in workspaces]
     for workspace, clock in zip(workspaces, clocks, strict=True):
         workspace.clock = clock
-    run_block = needed.tapes.run if excerpt is None else needed.tapes.run_once  # windows differ from call to call
+    run_block = needed.tapes.run if again else needed.tapes.run_once
     done = itertools.count(1)
 
     def task(index: int, slot: int) -> None:

@@ -184,3 +184,9 @@ def test_results_never_share_memory_whatever_threads_do():
     assert not errors
     passed.clear()
     assert idle_bytes() <= results.MOST_IDLE_BYTES
+
+
+def test_few_results_are_kept():
+    made = [results.empty((1 << 15,), F4) for _ in range(50)]
+    del made
+    assert len(results._idle) == results._MOST_IDLE

@@ -1,5 +1,7 @@
 """Blocks are recorded the second time they are run and played from then on: to the same bits, for operands anywhere."""
 
+import gc
+import weakref
 from functools import partial
 
 import conftest
@@ -241,6 +243,10 @@ def test_of_too_many_steps_a_schedule_is_run_as_it_is(counts, monkeypatch):
         lambda x, w: np.empty_like(x),
         lambda x, w: np.copyto(x[:4], x[4:], where=np.ones(4, bool)),
         lambda x, w: np.copyto(x[:4], np.array(x[4:])),
+        lambda x, w: np.add(x, x, out=x, where=np.ones(8, bool)),
+        lambda x, w: np.add(x, x[0], out=x),
+        lambda x, w: x.fill(1),
+        lambda x, w: bool(x[:1]),
         lambda x, w: np.add(x, x.astype("f4"), out=x),
         lambda x, w: np.copyto(w.take(2, 2), x.reshape(2, 4).T.reshape(8)[:4].reshape(2, 2)),
     ],
@@ -251,6 +257,64 @@ def test_what_cannot_be_recorded_is_refused(use):
     recorder = tape.Recorder(workspace, operands_of(np.random.default_rng(10)))
     with pytest.raises(tape.CannotRecordError, match="recorded"):
         use(recorder.operands.value, recorder)
+
+
+def test_operands_that_share_memory_are_not_recorded(counts):
+    """From an address alone it would not follow which of them is read."""
+    rng = np.random.default_rng(14)
+    gemmconv.clear_cache()
+    for i in range(6):
+        x, y = drawn(rng, (2, 8, 8, 8, 16)), drawn(rng, (2, 8, 8, 8, 16))
+        y = x if i < 3 else y
+        found = gemmconv.conv3d_backprop_filter_v2(x, (3, 3, 3, 16, 16), y, [1] * 5, "SAME")
+        wide = gemmconv.conv3d_backprop_filter_v2(x.astype("f8"), (3, 3, 3, 16, 16), y.astype("f8"), [1] * 5, "SAME")
+        assert same_bits(found, wide.astype("f4"))
+        assert (counts["recorded"] > 0) == (i > 0)  # the operands of float64 are copies, which lie apart
+
+
+def test_what_is_left_to_another_lowering_is_not_recorded(counts):
+    rng = np.random.default_rng(15)
+    x, w = drawn(rng, (1, 8, 5, 6, 7)), drawn(rng, (8, 4, 3, 3, 3))
+    x[0, 3, 2, 2, 2] = w[1, 1, 1, 1, 1] = np.nan
+    for _ in range(4):
+        torch.conv3d(x, w, padding=1, groups=2)
+    assert counts["recorded"] <= 4
+
+
+def test_operands_are_let_go_of_at_once():
+    rng = np.random.default_rng(16)
+    gemmconv.clear_cache()
+    gc.disable()
+    try:
+        for _ in range(4):
+            x, w = drawn(rng, (1, 8, 8, 8, 16)), drawn(rng, (3, 3, 3, 16, 16))
+            y = gemmconv.conv3d_transpose(x, w, strides=2)
+            alive = [weakref.ref(array) for array in (x, w, y)]
+            del x, w, y
+            assert not any(ref() is not None for ref in alive)
+    finally:
+        gc.enable()
+
+
+def test_a_block_of_too_many_steps_is_not_kept(counts, monkeypatch):
+    monkeypatch.setattr(tape, "MOST_STEPS", 4)
+    rng = np.random.default_rng(17)
+
+    def run(mine, operands, workspace):
+        rows = workspace.take(4)
+        for i in range(3):
+            key = i
+            workspace.hold("rows", key, lambda: np.copyto(rows, operands.value[mine]))
+            np.add(rows, operands.filter[mine], out=operands.output[mine])
+
+    schedule = Schedule(run)
+    tapes, workspace = tape.Tapes(schedule), Workspace(256, F4)
+    for _ in range(4):
+        operands = operands_of(rng)
+        tapes.run(0, operands, workspace)
+        assert same_bits(operands.output[:4], (operands.value + operands.filter)[:4])
+    assert counts == {"recorded": 0, "played": 0}
+    assert schedule.runs == 4
 
 
 def test_what_cannot_be_recorded_is_run_as_it_is(counts):

@@ -68,9 +68,9 @@ class Exact(AsItLies):
             gradient[...] = 0
             for b, d in product(range(p.batch), range(p.coarse[0])):
                 to, source = self._lands(tap, d)
-                x = self._wide(workspace, fine[b][source]).reshape(-1, p.cout)
+                x = self._wide(fine[b][source]).reshape(-1, p.cout)
                 if x.size:
-                    self._add(workspace, gradient, x.T, self._wide(workspace, coarse[b, d][to]).reshape(-1, p.cin))
+                    gradient += x.T @ self._wide(coarse[b, d][to]).reshape(-1, p.cin)
             store(operands.output[tap], gradient)
             return
         batch, plane = divmod(index, p.coarse[0])
@@ -78,22 +78,14 @@ class Exact(AsItLies):
         sums[...] = operands.start((0, p.cin))
         for tap in product(*map(range, p.kernel)):
             to, source = self._lands(tap, plane)
-            x = self._wide(workspace, fine[batch][source])
+            x = self._wide(fine[batch][source])
             if x.size:
-                self._add(workspace, sums[to], x, self._wide(workspace, operands.filter[tap]))
+                sums[to] += (x @ self._wide(operands.filter[tap]))[0]
         store(five(p.layout, operands.output, p.batch, p.coarse, p.cin)[batch, plane], sums)
 
-    def _wide(self, workspace: Workspace, array: Array) -> Array:
+    def _wide(self, array: Array) -> Array:
         """Return a copy without gaps in the dtype of the sums."""
-        found = workspace.scratch(array.shape, self.problem.compute_dtype)
-        np.copyto(found, array, casting="unsafe")
-        return found
-
-    def _add(self, workspace: Workspace, sums: Array, a: Array, b: Array) -> None:
-        """Add a product to sums."""
-        found = workspace.scratch((*a.shape[:-1], b.shape[1]), sums.dtype)
-        np.matmul(a, b, out=found)
-        np.add(sums, found.reshape(sums.shape), out=sums)
+        return np.array(array, self.problem.compute_dtype, order="C")
 
     def _lands(self, tap: Sequence[int], plane: int) -> tuple[Index, Index]:
         """Return which positions of a coarse plane a tap gathers for, and the fine positions it gathers, if any."""

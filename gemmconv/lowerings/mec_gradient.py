@@ -112,6 +112,7 @@ class MecGradient:
         workspace.reset()
         views = _Views(self, workspace)
         views.sums[...] = 0
+        summed = workspace.scratch(views.sums.shape, views.sums.dtype)
         for batch, free, behind in product(range(self.problem.batch), *of.cuts):
             spans = [free, behind, (0, of.along[2].count)]
             block = views.of(of.sizes(free[1] - free[0], behind[1] - behind[0]))
@@ -124,9 +125,8 @@ class MecGradient:
             for one, (columns, found) in zip(of.products, block.products, strict=True):
                 np.matmul(block.coarse, columns, out=found)
                 sums = views.sums[one.weights].reshape(found.shape[0], *found.shape[3:])
-                summed = workspace.scratch(sums.shape, sums.dtype)
-                np.add.reduce(found, axis=(1, 2), out=summed)
-                np.add(sums, summed, out=sums)
+                np.add.reduce(found, axis=(1, 2), out=summed[one.weights].reshape(sums.shape))
+                np.add(sums, summed[one.weights].reshape(sums.shape), out=sums)
             workspace.mark("gemm")
         self._store(views.sums, operands.output, workspace)
         workspace.mark("store")

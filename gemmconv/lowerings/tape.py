@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial, wraps
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -83,6 +84,8 @@ class Traced(np.ndarray[Any, np.dtype[Any]]):
         function = ufunc if method == "__call__" else getattr(ufunc, method)
         if method == "reduce":
             inputs = (*inputs, others.pop("axis", 0), others.pop("dtype", None))
+        if any(isinstance(value, np.ndarray) for value in others.values()):
+            raise CannotRecordError(f"{ufunc.__name__} with {', '.join(others)} cannot be recorded")
         if others:
             function = partial(function, **others)
         _recorder((*inputs, *out)).do(function, (*inputs, *out), target=-1)
@@ -98,6 +101,18 @@ class Traced(np.ndarray[Any, np.dtype[Any]]):
             raise CannotRecordError(f"copyto with {', '.join(others)} cannot be recorded")
         _recorder(arguments).do(np.copyto, (*arguments, casting), target=0)
         return None
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if not isinstance(found, np.ndarray):
+            self._refuse()
+        return found
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise CannotRecordError("what one value decides, or is set to, cannot be recorded")
+
+    __bool__ = __float__ = __int__ = __index__ = _refuse
+    item = fill = put = sort = partition = _refuse
 
     def __setitem__(self, index: Any, values: Any) -> None:
         cells = self[index]
@@ -136,8 +151,9 @@ def step(function: F) -> F:
 class Recorder(Workspace):
     """A worker's workspace while a block's steps are recorded, which are made at the same time."""
 
-    def __init__(self, workspace: Workspace, operands: Operands) -> None:
+    def __init__(self, workspace: Workspace, operands: Operands, most: int = MOST_STEPS) -> None:
         self.of = workspace
+        self.left = most  # steps; of more nothing is recorded
         self._memory, self.size, self.used = workspace._memory, workspace.size, 0
         self.steps: list[_Step] = []
         self.marks: list[tuple[int, str]] = []
@@ -176,7 +192,7 @@ class Recorder(Workspace):
         fill()
         inside, self.steps = self.steps, before
         self.of.held[place] = key
-        self.steps.append(_Step(_refill, [place, len(self._keys)], inside))
+        self._add(_Step(_refill, [place, len(self._keys)], inside))
         self._keys.append(key)
 
     def do(self, function: Callable[..., Any], arguments: Sequence[Any], target: int | None = None) -> None:
@@ -184,13 +200,22 @@ class Recorder(Workspace):
         function(*(a.view(np.ndarray) if isinstance(a, Traced) else a for a in arguments))
         last = None if target is None else target % len(arguments)
         placed = [self._place(a, i == last) if isinstance(a, np.ndarray) else a for i, a in enumerate(arguments)]
-        self.steps.append(_Step(function, placed))
+        self._add(_Step(function, placed))
 
     def multiply(self, arguments: list[Any]) -> None:
         """Call GEMM, and record it with its addresses as places."""
         self._gemm(*arguments)
         placed = [self._at(a) if i in (3, 6, 9) else a for i, a in enumerate(arguments)]
-        self.steps.append(_Step(None, placed))
+        self._add(_Step(None, placed))
+
+    def _add(self, one: _Step) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            self.steps.append(one)
+
+    def close(self) -> None:
+        """Let go of what refers to this object, so that operands do not wait for the collector."""
+        del self.operands, self.gemm
 
     def _place(self, array: Array, written: bool) -> Any:
         if array.size == 0:
@@ -265,6 +290,11 @@ class Tape(NamedTuple):
     strides: list[tuple[int, ...]]  # of the operands
 
     @property
+    def size(self) -> int:
+        """Its steps, those that are made if something else is held too."""
+        return sum(1 for _ in _every(self.steps))
+
+    @property
     def key(self) -> Hashable:
         """What tapes have in common that are alike."""
         return *map(_key, self.steps), *self.marks, *self.made, *self.strides
@@ -283,9 +313,9 @@ class Recording(NamedTuple):
 
     def play(self, operands: Operands, workspace: Workspace) -> None:
         """Make the recorded calls."""
-        bound = workspace.bound.get(id(self.tape))
+        bound: _Bound | None = workspace.bound.get(id(self.tape))
         if bound is None or bound.tape is not self.tape:
-            if sum(len(other.calls) for other in workspace.bound.values()) > _MOST_BOUND:
+            if sum(other.size for other in workspace.bound.values()) + self.tape.size > _MOST_BOUND:
                 workspace.bound.clear()
             bound = workspace.bound[id(self.tape)] = _Bound(self.tape, workspace)
         bound.play(self, operands, workspace)
@@ -295,7 +325,7 @@ class _Bound:
     """A tape's calls for one workspace: their arguments, and which of them are where the operands are."""
 
     def __init__(self, tape: Tape, workspace: Workspace) -> None:
-        self.tape = tape
+        self.tape, self.size = tape, tape.size
         operands = len(tape.strides)
         self._made = [np.empty(size, np.uint8) for size in tape.made]
         self._memory: list[Any] = [workspace.at, *[None] * operands, *map(address, self._made)]
@@ -450,6 +480,12 @@ def _arrays(operands: Operands) -> list[Array]:
     return arrays if operands.bias is None else [*arrays, operands.bias]
 
 
+def _lie_apart(operands: Operands) -> bool:
+    """Whether it follows from an address which operand it is of."""
+    bounds = sorted(_bounds(array) for array in _arrays(operands) if array.size)
+    return all(stop <= start for (_, stop), (start, _) in pairwise(bounds))
+
+
 def _bounds(array: Array) -> tuple[int, int]:
     if array.size == 0:
         return 0, 0
@@ -475,26 +511,31 @@ class Tapes:
         workspace.begin(operands)
         if found is not None and found.fits(operands):
             found.play(operands, workspace)
-        elif found is None and key in self._recordings and self._left > 0:
-            try:
-                recorder = Recorder(workspace, operands)
-                self._schedule.run(block, recorder.operands, recorder)
-            except CannotRecordError:  # tests know of no schedule that does, but for one the call would be lost
-                self._left = 0
-                self._schedule.run(block, operands, workspace)
-                return
-            self._recordings[key] = self._shared(recorder.recording())
+        elif found is None and key in self._recordings and self._left > 0 and _lie_apart(operands):
+            self._record(key, block, operands, workspace)
         else:
             self._schedule.run(block, operands, workspace)
             if self._left > 0 and len(self._recordings) < _MOST_BLOCKS:
                 self._recordings.setdefault(key, None)
 
-    def _shared(self, found: Recording) -> Recording:
-        """Return a recording with the tape of an earlier one, if that is alike."""
-        tape = self._tapes.setdefault(found.tape.key, found.tape)
-        if tape is found.tape:
-            self._left -= len(tape.steps)
-        return found._replace(tape=tape)
+    def _record(self, key: int, block: int, operands: Operands, workspace: Workspace) -> None:
+        recorder = Recorder(workspace, operands, self._left)
+        try:
+            self._schedule.run(block, recorder.operands, recorder)
+        except CannotRecordError:  # tests know of no schedule that does this, but for one the call would be lost
+            self._left = 0
+            self._schedule.run(block, operands, workspace)
+        else:
+            if recorder.left < 0:
+                self._left = 0
+                return
+            found = recorder.recording()
+            tape = self._tapes.setdefault(found.tape.key, found.tape)
+            if tape is found.tape:
+                self._left -= tape.size
+            self._recordings[key] = found._replace(tape=tape)
+        finally:
+            recorder.close()
 
     def run_once(self, block: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of operands that do not lie as others will, and of the output."""
