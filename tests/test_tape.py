@@ -72,6 +72,17 @@ def operands_of(rng, bias=None):
     return Operands(value, filter, np.full(8, 99, F4), np.empty(0, F4), STEPS, bias)
 
 
+def run_four_times(rng, function):
+    """Run a block that adds value and filter, and return its schedule."""
+    schedule = Schedule(function)
+    tapes, workspace = tape.Tapes(schedule), Workspace(256, F4)
+    for _ in range(4):
+        operands = operands_of(rng)
+        tapes.run(0, operands, workspace)
+        assert same_bits(operands.output[:4], (operands.value + operands.filter)[:4])
+    return schedule
+
+
 def adds(mine, operands, workspace):
     """Add value and filter, by way of the workspace and of an array that is made."""
     sums, made = workspace.take(4), np.empty(4, F4)
@@ -311,12 +322,7 @@ def test_a_block_of_too_many_steps_is_not_kept(counts, monkeypatch):
             workspace.hold("rows", key, lambda: np.copyto(rows, operands.value[mine]))
             np.add(rows, operands.filter[mine], out=operands.output[mine])
 
-    schedule = Schedule(run)
-    tapes, workspace = tape.Tapes(schedule), Workspace(256, F4)
-    for _ in range(4):
-        operands = operands_of(rng)
-        tapes.run(0, operands, workspace)
-        assert same_bits(operands.output[:4], (operands.value + operands.filter)[:4])
+    schedule = run_four_times(rng, run)
     assert counts == {"recorded": 0, "played": 0}
     assert schedule.runs == 4
 
@@ -327,12 +333,7 @@ def test_what_cannot_be_recorded_is_run_as_it_is(counts):
     def run(mine, operands, workspace):
         operands.output[mine] = operands.value[mine] + operands.filter[mine]
 
-    schedule = Schedule(run)
-    tapes, workspace = tape.Tapes(schedule), Workspace(256, F4)
-    for _ in range(4):
-        operands = operands_of(rng)
-        tapes.run(0, operands, workspace)
-        assert same_bits(operands.output[:4], (operands.value + operands.filter)[:4])
+    schedule = run_four_times(rng, run)
     assert schedule.runs == 5
     assert counts == {"recorded": 0, "played": 0}
 

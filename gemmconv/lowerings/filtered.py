@@ -259,7 +259,8 @@ class Filtered(Tiling):
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        block, program = self.block(index), self._made(self.block(index))
+        block = self.block(index)
+        program = self._made(block)
         views = self._views(program.layout, workspace)
         value, output, filters = self._opened(operands)
         mine, start = Output(self.problem, output, block.channels), operands.start(block.channels)

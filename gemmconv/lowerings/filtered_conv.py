@@ -276,7 +276,8 @@ class FilteredConv(Tiling):
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        block, program = self.block(index), self._made(self.block(index))
+        block = self.block(index)
+        program = self._made(block)
         views = self._views(program.layout, workspace)
         value, output, filters = self._opened(operands)
         tiles = slice(block.channels[0] // self.columns, block.channels[1] // self.columns)

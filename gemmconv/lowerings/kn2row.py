@@ -210,7 +210,8 @@ class Kn2Row:
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         problem, gemm, cin = self.problem, workspace.gemm, self.problem.cin
-        block, program = self.block(index), self._made(self.block(index))
+        block = self.block(index)
+        program = self._made(block)
         channels = block.channels[1] - block.channels[0]
         sizes, group = program.sizes, self.groups[block.group]
         lanes = (group[1] - group[0], len(self.slots[1].offsets), len(self.slots[2].offsets))

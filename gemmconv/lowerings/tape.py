@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv.blas import memory_at
+from gemmconv.blas import Gemm, memory_at
 from gemmconv.lowerings.base import Array, Operands, Schedule, Workspace, address
 
 # The most steps of a schedule that are kept, of about 1 KB each, and of all schedules in a workspace; and of how many
@@ -31,13 +31,14 @@ _MOST_BLOCKS = 1 << 14
 # What calls of NumPy return views only.
 _VIEWS = {np.moveaxis, np.expand_dims}
 
-# Calls that may be joined, along how many axes, and what NumPy may try to find out whether two arrays meet.
-_JOINED, _AXES, _WORK = {np.copyto, np.add, np.subtract}, 2, 1000
+# Calls that may be joined, and along how many axes.
+_JOINED, _AXES = {np.copyto, np.add, np.subtract}, 2
+# How many solutions NumPy may try to find out whether two arrays meet; its stubs know of no such number.
+_WORK: Any = 1000
 # Bytes of items that are long enough to be copied two at a time.
 _LONG_ITEM = 64
 
 Call = tuple[Callable[..., Any], list[Any]]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class CannotRecordError(TypeError):
@@ -134,7 +135,7 @@ def _recorder(arguments: Sequence[Any]) -> Recorder:
     return found
 
 
-def step(function: F) -> F:
+def step(function: Callable[..., None]) -> Callable[..., None]:
     """Have a function of arrays, that returns nothing, recorded as one step."""
 
     @wraps(function)
@@ -145,7 +146,7 @@ def step(function: F) -> F:
                 return
         function(*arguments)
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 class Recorder(Workspace):
@@ -164,7 +165,7 @@ class Recorder(Workspace):
         value, filter, output, packed, *bias = map(self.traced, arrays)
         self.operands = Operands(value, filter, output, packed, operands.steps, *bias)
         self._gemm = workspace.gemm
-        self.gemm = _RecordedGemm(self)  # type: ignore[assignment]
+        self.gemm = _RecordedGemm(self)
 
     def traced(self, array: Array) -> Traced:
         """Return an array as one of which calls are recorded."""
@@ -269,7 +270,7 @@ class Recorder(Workspace):
         return Recording(tape, first, self._keys)
 
 
-class _RecordedGemm:
+class _RecordedGemm(Gemm):
     """What schedules see as GEMM while they are recorded."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -277,8 +278,11 @@ class _RecordedGemm:
         of = recorder.of.gemm
         self.dtype, self.itemsize, self.largest = of.dtype, of.itemsize, of.largest
 
-    def __call__(self, *arguments: Any) -> None:
-        self._recorder.multiply(list(arguments))
+    def __call__(
+        self, m: int, n: int, k: int, a: int, lda: int, a_transposed: bool, b: int, ldb: int, b_transposed: bool,
+        c: int, ldc: int, accumulate: bool = False,
+    ) -> None:  # fmt: skip
+        self._recorder.multiply([m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, accumulate])
 
 
 class Tape(NamedTuple):
@@ -456,7 +460,7 @@ def _meet(one: _Place, other: _Place) -> bool:
     base = 1 << 40  # of no memory: just addresses are looked at
     a, b = (_located(base, memory_at(base), place) for place in (one, other))
     try:
-        return np.shares_memory(a, b, max_work=_WORK)  # type: ignore[arg-type]
+        return np.shares_memory(a, b, max_work=_WORK)
     except np.exceptions.TooHardError:
         return True
 

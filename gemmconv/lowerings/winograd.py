@@ -221,7 +221,8 @@ class Winograd:
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         problem, cin, inner = self.problem, self.problem.cin, self.inner
-        block, program = self.block(index), self._made(self.block(index))
+        block = self.block(index)
+        program = self._made(block)
         line = self.lines[block.line]
         channels = block.channels[1] - block.channels[0]
         lanes = tuple(len(of_axis.offsets) for of_axis in inner.slots)

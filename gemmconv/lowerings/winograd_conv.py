@@ -212,7 +212,8 @@ class Paired:
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         problem, (a, b), item = self.problem, (self.pairs.a, self.pairs.b), workspace.gemm.itemsize
-        block, program = self.block(index), self._made(self.block(index))
+        block = self.block(index)
+        program = self._made(block)
         here, n = block.along[1] - block.along[0], block.channels[1] - block.channels[0]
         q, cout = program.q[1] - program.q[0], problem.cout
         sizes = self._sizes(q, here)
