@@ -245,6 +245,28 @@ def test_of_too_many_steps_a_schedule_is_run_as_it_is(counts, monkeypatch):
     assert schedule.runs == 6
 
 
+def test_a_call_records_some_blocks_and_later_ones_the_others(counts, monkeypatch):
+    monkeypatch.setattr(tape, "STEPS_A_CALL", 5)
+    rng = np.random.default_rng(17)
+    tapes, workspace = tape.Tapes(Schedule(adds)), Workspace(256, F4)
+    for i in range(4):
+        tapes.begin()
+        for block in (0, 1):
+            operands = operands_of(rng)
+            tapes.run(block, operands, workspace)
+            mine = slice(4 * block, 4 * block + 4)
+            assert same_bits(operands.output[mine], (operands.value + operands.filter)[mine][::-1])
+        # Each block has three steps.
+        assert counts["recorded"] == (0, 2, 2, 2)[i]
+    monkeypatch.setattr(tape, "STEPS_A_CALL", 3)
+    tapes, workspace = tape.Tapes(Schedule(adds)), Workspace(256, F4)
+    for i in range(4):
+        tapes.begin()
+        for block in (0, 1):
+            tapes.run(block, operands_of(rng), workspace)
+        assert counts["recorded"] == (2, 3, 4, 4)[i]
+
+
 @pytest.mark.parametrize(
     "use",
     [

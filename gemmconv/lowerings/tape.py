@@ -2,8 +2,8 @@
 
 Between the NumPy and BLAS calls of a block a schedule slices, counts and looks up, which takes as long as a small step,
 and holds Python's lock meanwhile, so that other workers wait. All of it follows from the problem but for where the
-operands of a call are. So the second time a block is run its calls are recorded, with where their arrays lie in the
-operands and in the worker's memory; from then on just these calls are made.
+operands of a call are. So the second time a block is run its calls are recorded, a few blocks in each call, with where
+their arrays lie in the operands and in the worker's memory; from then on just these calls are made.
 
 Schedules know nothing of this. What they get to record is a workspace and operands of arrays of a class of their own,
 `Traced`, which NumPy tells of each call that takes one. Views of such arrays are of the same class. A call that returns
@@ -26,6 +26,8 @@ from gemmconv.lowerings.base import Array, Operands, Schedule, Workspace, addres
 # The most steps of a schedule that are kept, of about 1 KB each, and of all schedules in a workspace; and of how many
 # blocks it is known whether they are like others.
 MOST_STEPS = 4096
+# After so many a call records no further block, as recording a step takes longer than the step.
+STEPS_A_CALL = 256
 _MOST_BOUND = 1 << 14
 _MOST_BLOCKS = 1 << 14
 # What calls of NumPy return views only.
@@ -231,8 +233,8 @@ class Recorder(Workspace):
             while isinstance(root.base, np.ndarray):
                 root = root.base
             self._know(root)
-            found = _Place(len(self._bounds) - 1, at - self._bounds[-1][0])
-        return found._replace(shape=array.shape, dtype=array.dtype, strides=array.strides)
+            found = len(self._bounds) - 1, at - self._bounds[-1][0]
+        return _Place(*found, array.shape, array.dtype, array.strides)
 
     def _know(self, made: Array) -> None:
         self._made.append(made)
@@ -246,27 +248,25 @@ class Recorder(Workspace):
         found = self._in_memory(at)
         if found is None:
             raise CannotRecordError("GEMM of other memory cannot be recorded")
-        return found
+        return _Place(*found)
 
-    def _in_memory(self, at: int) -> _Place | None:
+    def _in_memory(self, at: int) -> tuple[int, int] | None:
         for i, (start, stop) in enumerate(self._bounds):
             if start <= at < stop:
-                return _Place(i, at - start)
+                return i, at - start
         return None
 
     def recording(self) -> Recording:
-        """Return what was recorded."""
+        """Return what was recorded, each call by itself."""
         arrays = _arrays(self.operands)
-        placed = [a for one in _every(self.steps) for a in one.arguments if isinstance(a, _Place)]
-        first = [min((a.lowest for a in placed if a.memory == i + 1), default=0) for i in range(len(arrays))]
-        steps: list[_Step] = []
-        marks: list[tuple[int, str]] = []
-        begin = 0
-        for end, phase in [*self.marks, (len(self.steps), "")]:
-            steps += _together(_moved(one, [0, *first]) for one in self.steps[begin:end])
-            marks.append((len(steps), phase))
-            begin = end
-        tape = Tape(steps, marks[:-1], [array.nbytes for array in self._made], [array.strides for array in arrays])
+        lowest: list[list[int]] = [[] for _ in self._bounds]
+        for one in _every(self.steps):
+            for a in one.arguments:
+                if isinstance(a, _Place):
+                    lowest[a.memory].append(a.lowest)
+        first = [min(of, default=0) for of in lowest[1 : 1 + len(arrays)]]
+        steps = [_moved(one, [0, *first]) for one in self.steps]
+        tape = Tape(steps, self.marks, [array.nbytes for array in self._made], [array.strides for array in arrays])
         return Recording(tape, first, self._keys)
 
 
@@ -302,6 +302,17 @@ class Tape(NamedTuple):
     def key(self) -> Hashable:
         """What tapes have in common that are alike."""
         return *map(_key, self.steps), *self.marks, *self.made, *self.strides
+
+    def joined(self) -> Tape:
+        """Return a tape that does the same in fewer calls, see `_together`; what is in `hold` stays as it is."""
+        steps: list[_Step] = []
+        marks: list[tuple[int, str]] = []
+        begin = 0
+        for end, phase in [*self.marks, (len(self.steps), "")]:
+            steps += _together(self.steps[begin:end])
+            marks.append((len(steps), phase))
+            begin = end
+        return self._replace(steps=steps, marks=marks[:-1])
 
 
 class Recording(NamedTuple):
@@ -396,7 +407,9 @@ def _every(steps: Iterable[_Step]) -> Iterator[_Step]:
 def _moved(one: _Step, first: Sequence[int]) -> _Step:
     """Return a step whose offsets count from some bytes of the first memories on."""
     arguments = [
-        a._replace(offset=a.offset - first[a.memory]) if isinstance(a, _Place) and a.memory < len(first) else a
+        _Place(a.memory, a.offset - first[a.memory], a.shape, a.dtype, a.strides)
+        if isinstance(a, _Place) and a.memory < len(first)
+        else a
         for a in one.arguments
     ]
     return _Step(one.function, arguments, None if one.inside is None else [_moved(of, first) for of in one.inside])
@@ -500,13 +513,18 @@ def _bounds(array: Array) -> tuple[int, int]:
 
 
 class Tapes:
-    """Runs the blocks of a schedule, and keeps recordings of those it has run twice."""
+    """Runs the blocks of a schedule, and keeps recordings of those it has run before."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._recordings: dict[int, Recording | None] = {}
         self._tapes: dict[Hashable, Tape] = {}
         self._left = MOST_STEPS
+        self._now = STEPS_A_CALL
+
+    def begin(self) -> None:
+        """Begin a call, which may record some blocks more."""
+        self._now = STEPS_A_CALL
 
     def run(self, block: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of the output."""
@@ -515,7 +533,7 @@ class Tapes:
         workspace.begin(operands)
         if found is not None and found.fits(operands):
             found.play(operands, workspace)
-        elif found is None and key in self._recordings and self._left > 0 and _lie_apart(operands):
+        elif found is None and key in self._recordings and min(self._left, self._now) > 0 and _lie_apart(operands):
             self._record(key, block, operands, workspace)
         else:
             self._schedule.run(block, operands, workspace)
@@ -530,13 +548,16 @@ class Tapes:
             self._left = 0
             self._schedule.run(block, operands, workspace)
         else:
+            self._now -= len(recorder.steps)
             if recorder.left < 0:
                 self._left = 0
                 return
             found = recorder.recording()
-            tape = self._tapes.setdefault(found.tape.key, found.tape)
-            if tape is found.tape:
-                self._left -= tape.size
+            alike = found.tape.key
+            tape = self._tapes.get(alike)
+            if tape is None:
+                tape = self._tapes.setdefault(alike, found.tape.joined())
+                self._left -= found.tape.size
             self._recordings[key] = found._replace(tape=tape)
         finally:
             recorder.close()
