@@ -63,10 +63,20 @@ class _Path:
         self.reason = reason
 
 
+class Integers:
+    """Sizes and leading dimensions of a product, and where they lie."""
+
+    def __init__(self) -> None:
+        # 64-bit slots, so that a BLAS of either integer width reads the same number (on little-endian machines).
+        self.values = memoryview(bytearray(8 * 6)).cast("q")
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.values))
+        self.at = tuple(range(start, start + 48, 8))
+
+
 class Gemm:
     """C = A B (+ C) on addresses, row-major, for one dtype and one thread at a time.
 
-    The argument block is built once and reused, since building it costs as much as a small product.
+    Integers go to BLAS by their addresses, in memory that is used again.
     """
 
     def __init__(self, dtype: np.dtype[Any], path: _Path | None = None) -> None:
@@ -78,11 +88,8 @@ class Gemm:
         # BLAS threads gemv much earlier than GEMM: only products above GEMM's own limit may go there, whose callers
         # hold BLAS to one thread.
         self._serial = serial_products()
-        # 64-bit slots, so that a BLAS of either integer width reads the same number (on little-endian machines).
-        self._integers = memoryview(bytearray(8 * 6)).cast("q")
+        self._integers = Integers()
         self._scalars = np.array([0, 1], dtype)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._integers))
-        self._m, self._n, self._k, self._lda, self._ldb, self._ldc = range(start, start + 48, 8)
         self._beta = self._scalars.ctypes.data
         self._one = self._beta + self.itemsize
 
@@ -105,54 +112,40 @@ class Gemm:
 
         Leading dimensions are the distances between rows as they lie, in elements. No conjugation.
         """
+        function, arguments = self.call(
+            self._integers, m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, accumulate
+        )
+        function(*arguments)
+
+    def call(
+        self, integers: Integers, m: int, n: int, k: int, a: Any, lda: int, a_transposed: bool,
+        b: Any, ldb: int, b_transposed: bool, c: Any, ldc: int, accumulate: bool,
+    ) -> tuple[Callable[..., None], list[Any]]:  # fmt: skip
+        """Return what forms a product, and its arguments, among which are `a`, `b` and `c` as they are given.
+
+        They are good for as long as `integers` hold what this writes to them.
+        """
         if max(m, n, k, lda, ldb, ldc) > self.largest:
             raise OverflowError(
                 f"GEMM of m={m}, n={n}, k={k}, leading dimensions {lda}, {ldb}, {ldc}: "
                 f"BLAS' integers end at {self.largest}"
             )
         if self._gemm is None:
-            self._matmul(m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, accumulate)
-            return
-        integers = self._integers
+            return self._matmul, [m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, accumulate]
         if m == 1 and reads_matrix(self.dtype, n, k, b_transposed):
-            self._einsum(n, k, a, lda if a_transposed else 1, b, ldb, b_transposed, c, accumulate)
-            return
+            return self._einsum, [n, k, a, lda if a_transposed else 1, b, ldb, b_transposed, c, accumulate]
+        beta, of_b, values = self._one if accumulate else self._beta, b"T" if b_transposed else b"N", integers.values
         if m == 1 and self._gemv is not None and n * k > self._serial:
             # GEMM would pack all of B to use it once. Column-major, B lies as [k, n] if transposed, else as [n, k].
-            rows, columns = (k, n) if b_transposed else (n, k)
-            integers[0], integers[1], integers[2] = rows, columns, ldb
-            integers[3], integers[4] = lda if a_transposed else 1, 1
-            self._gemv(
-                b"T" if b_transposed else b"N",
-                self._m,
-                self._n,
-                self._one,
-                b,
-                self._k,
-                a,
-                self._lda,
-                self._one if accumulate else self._beta,
-                c,
-                self._ldb,
-            )
-            return
+            values[0], values[1] = (k, n) if b_transposed else (n, k)
+            values[2], values[3], values[4] = ldb, lda if a_transposed else 1, 1
+            rows, columns, step_b, step_a, step_c, _ = integers.at
+            return self._gemv, [of_b, rows, columns, self._one, b, step_b, a, step_a, beta, c, step_c]
         # BLAS is column-major: the same memory reads as C' = B' A'.
-        integers[0], integers[1], integers[2], integers[3], integers[4], integers[5] = n, m, k, ldb, lda, ldc
-        self._gemm(
-            b"T" if b_transposed else b"N",
-            b"T" if a_transposed else b"N",
-            self._m,
-            self._n,
-            self._k,
-            self._one,
-            b,
-            self._lda,
-            a,
-            self._ldb,
-            self._one if accumulate else self._beta,
-            c,
-            self._ldc,
-        )
+        values[0], values[1], values[2], values[3], values[4], values[5] = n, m, k, ldb, lda, ldc
+        rows, columns, depth, step_b, step_a, step_c = integers.at
+        of_a = b"T" if a_transposed else b"N"
+        return self._gemm, [of_b, of_a, rows, columns, depth, self._one, b, step_b, a, step_a, beta, c, step_c]
 
     def _einsum(
         self, n: int, k: int, a: int, step: int, b: int, ldb: int, b_transposed: bool, c: int, accumulate: bool

@@ -52,6 +52,7 @@ def tape_checked(monkeypatch):
         other._memory[:] = SENTINEL
         other.begin(second)
         played = recorder.recording()
+        played = played._replace(tape=played.tape.joined())
         bound = other.bound[id(played.tape)] = tape._Bound(played.tape, other)
         for made in bound._made:
             made[:] = SENTINEL

@@ -26,23 +26,29 @@ def is_finite(array: Array) -> bool:
         return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
 
 
-@step
 def need_finite(*arrays: Array) -> None:
-    """Raise NotFiniteError unless one of some arrays of sums is finite."""
-    if not any(map(_in_bits, arrays)):
-        raise NotFiniteError
+    """Raise NotFiniteError unless one of some arrays of sums, of one dtype, is finite: no value is Inf or NaN.
 
-
-def _in_bits(array: Array) -> bool:
-    """Whether no value is Inf or NaN, by its bits.
-
-    The largest are found twice as fast as a sum, where they are in cache: as integers with a sign, positive Inf and NaN
-    are above all others, and without one negative ones are.
+    The largest of its bits are found twice as fast as a sum, where they are in cache: as integers with a sign, positive
+    Inf and NaN are above all others, and without one negative ones are.
     """
-    if array.dtype.kind == "c":
-        return _in_bits(array.real) and _in_bits(array.imag)
-    found = (np.maximum.reduce(array.view(kind), axis=None, initial=0) for kind in _BITS[array.itemsize])
-    return all(bits < inf for bits, inf in zip(found, _INFINITE[array.itemsize], strict=True))
+    if any(array.size == 0 for array in arrays):
+        return
+    real = [part for array in arrays for part in ((array.real, array.imag) if array.dtype.kind == "c" else (array,))]
+    bits = [array.view(kind) for array in real for kind in _BITS[array.itemsize]]
+    _need_below(len(bits) // len(arrays), *_INFINITE[real[0].itemsize], *bits)
+
+
+@step
+def _need_below(each: int, inf: int, negative_inf: int, *bits: Array) -> None:
+    """Raise NotFiniteError unless the bits of some array, of which so many follow each other, are below."""
+    for first in range(0, len(bits), each):
+        for i in range(first, first + each, 2):
+            if np.maximum.reduce(bits[i], None) >= inf or np.maximum.reduce(bits[i + 1], None) >= negative_inf:
+                break
+        else:
+            return
+    raise NotFiniteError
 
 
 def copy(to: Array, source: Array) -> None:

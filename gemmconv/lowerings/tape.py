@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv.blas import Gemm, memory_at
+from gemmconv.blas import Gemm, Integers, memory_at
 from gemmconv.lowerings.base import Array, Operands, Schedule, Workspace, address
 
 # The most steps of a schedule that are kept, of about 1 KB each, and of all schedules in a workspace; and of how many
@@ -35,6 +35,8 @@ _VIEWS = {np.moveaxis, np.expand_dims}
 
 # Calls that may be joined, and along how many axes.
 _JOINED, _AXES = {np.copyto, np.add, np.subtract}, 2
+# Calls whose arrays may have fewer axes, and how many of the last axes stay as they are.
+_COALESCED: dict[Any, int] = {np.copyto: 0, np.add: 0, np.subtract: 0, np.multiply: 0, np.matmul: 2}
 # How many solutions NumPy may try to find out whether two arrays meet; its stubs know of no such number.
 _WORK: Any = 1000
 # Bytes of items that are long enough to be copied two at a time.
@@ -304,12 +306,12 @@ class Tape(NamedTuple):
         return *map(_key, self.steps), *self.marks, *self.made, *self.strides
 
     def joined(self) -> Tape:
-        """Return a tape that does the same in fewer calls, see `_together`; what is in `hold` stays as it is."""
+        """Return a tape that does the same in fewer calls (`_together`) that begin sooner (`_coalesced`)."""
         steps: list[_Step] = []
         marks: list[tuple[int, str]] = []
         begin = 0
         for end, phase in [*self.marks, (len(self.steps), "")]:
-            steps += _together(self.steps[begin:end])
+            steps += map(_coalesced, _together(self.steps[begin:end]))
             marks.append((len(steps), phase))
             begin = end
         return self._replace(steps=steps, marks=marks[:-1])
@@ -347,10 +349,14 @@ class _Bound:
         self._patches: list[list[tuple[list[Any], int, _Place]]] = [[] for _ in range(operands)]
         self._at = [0] * operands
         self._keys: list[Hashable] = []
+        self._integers: list[Integers] = []
         self.calls = [self._bind(one, workspace) for one in tape.steps]
 
     def _bind(self, one: _Step, workspace: Workspace) -> Call:
-        arguments: list[Any] = list(one.arguments)
+        function, arguments = one.function, list(one.arguments)
+        if function is None:
+            self._integers.append(Integers())
+            function, arguments = workspace.gemm.call(self._integers[-1], *arguments)
         for i, argument in enumerate(arguments):
             if isinstance(argument, _Place):
                 base = self._memory[argument.memory]
@@ -361,7 +367,7 @@ class _Bound:
         if one.inside is not None:
             calls = [self._bind(other, workspace) for other in one.inside]
             return _refill, [workspace.held, self._keys, *arguments, calls]
-        return one.function or workspace.gemm, arguments
+        return function, arguments
 
     def play(self, recording: Recording, operands: Operands, workspace: Workspace) -> None:
         for i, (array, first) in enumerate(zip(_arrays(operands), recording.first, strict=True)):
@@ -485,6 +491,38 @@ def _joined(run: list[_Step], apart: tuple[int, ...]) -> _Step:
             a = a._replace(shape=(len(run), *(a.shape or ())), strides=(next(steps), *a.strides))
         arguments.append(a)
     return _Step(run[0].function, arguments)
+
+
+def _coalesced(one: _Step) -> _Step:
+    """Return a call of arrays that have as few axes as possible, since NumPy looks at each before it begins."""
+    places = [a for a in one.arguments if isinstance(a, _Place)]
+    kept = _COALESCED.get(one.function)
+    if kept is None or len({len(a.shape or ()) for a in places}) > 1:
+        return one
+    # Of each array the sizes and strides of its axes, from the last one on.
+    axes = [list(zip((a.shape or ())[::-1], a.strides[::-1], strict=True)) for a in places]
+    found = [of[:kept] for of in axes]
+    for outer in zip(*(of[kept:] for of in axes), strict=True):
+        if all(size == 1 for size, _ in outer):
+            continue
+        if len(found[0]) > kept and all(map(_follow, outer, (of[-1] for of in found))):
+            for of, (size, _) in zip(found, outer, strict=True):
+                of[-1] = of[-1][0] * size, of[-1][1]
+        else:
+            for of, axis in zip(found, outer, strict=True):
+                of.append(axis)
+    sizes = iter(found)
+    arguments = list(one.arguments)
+    for i, a in enumerate(arguments):
+        if isinstance(a, _Place):
+            of = next(sizes)[::-1]
+            arguments[i] = a._replace(shape=tuple(n for n, _ in of), strides=tuple(n for _, n in of))
+    return _Step(one.function, arguments)
+
+
+def _follow(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+    """Whether two axes of an array, of sizes and strides, are one of as many values."""
+    return outer[0] == inner[0] == 1 or (outer[0] > 1 < inner[0] and outer[1] == inner[0] * inner[1])
 
 
 def _key(one: _Step) -> Hashable:
