@@ -252,7 +252,7 @@ class Plan:
 
     def _with(self, filter: Array) -> Prepared:
         """Return this plan with a filter that nobody changes."""
-        packed = None if self.schedule is None else running.pack(self.schedule, self.problem, filter, self.workers)
+        packed = None if self.schedule is None else running.pack(self.schedule, self.problem, filter)
         return Prepared(self, filter, packed)
 
     def part(self, box: Any) -> Part:

@@ -8,14 +8,15 @@ schedule that would spread Inf or NaN gives way to one that is right for all dat
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -30,8 +31,8 @@ from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
 
 Progress = Callable[[int, int], None]
-# A packed filter that is large enough for several workers: handing it to them takes about 0.1 ms.
-_LARGE_FILTER = 3 << 20
+# Bytes of a packed filter of which each worker does a part.
+_LARGE_FILTER = 1 << 21
 # The most blocks that are handed out by size: of more of them a last one is no large part.
 _FEW_BLOCKS = 64
 
@@ -56,36 +57,72 @@ class Packed(NamedTuple):
     usable: bool
 
 
-def pack(schedule: Schedule, problem: Problem, second: Array, workers: int) -> Packed:
+def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
     """Bring a filter into the order that a schedule wants; the coarse operand of a gradient stays as it is."""
-    of = schedule.problem
-    values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
-    if problem.roles[1] != "filter":
-        return Packed(second, values, not schedule.wants_finite_filter or is_finite(second))
-    if of.operation != problem.operation:
-        second = mirrored(second, problem.groups)
-    if adds_groups(schedule, problem):
-        second = merged(second, problem.groups, problem.groups // of.groups)
-    adds_zeros = schedule.wants_finite_filter or adds_groups(schedule, problem)
-    if not (schedule.packed_values or adds_zeros):
-        return Packed(second, values, True)
-    with np.errstate(all="ignore"):
-        if schedule.packed_values:
-            for group, to in enumerate(values):
-                filter = of_group(of, "filter", second, group)
-                if workers > 1 and to.nbytes >= _LARGE_FILTER and isinstance(schedule, PackedInParts):
-                    pack_part = partial(_pack_part, schedule, filter, to, workers)
-                    threads.run(pack_part, workers, workers, limit_blas=False)
+    packing = Packing(schedule, problem, second)
+    packing.do(0, 1)
+    return packing.packed()
+
+
+class Packing:
+    """How a filter is brought into the order that a schedule wants, which several workers may do in parts."""
+
+    def __init__(self, schedule: Schedule, problem: Problem, second: Array) -> None:
+        of = schedule.problem
+        self._schedule, self._looked_at = schedule, schedule.wants_finite_filter
+        if problem.roles[1] == "filter":
+            if of.operation != problem.operation:
+                second = mirrored(second, problem.groups)
+            if adds_groups(schedule, problem):
+                second, self._looked_at = merged(second, problem.groups, problem.groups // of.groups), True
+        self._second = second
+        self._values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
+        self._done = itertools.count(1)
+        self._ready = _thread.allocate_lock()  # held until all parts are done
+
+    def parts(self, workers: int) -> int:
+        """Return in how many parts so many workers do it as they begin; 0 where it has to be done before."""
+        if workers == 1 or not self._values.size or self._looked_at or not _packs_in_parts(type(self._schedule)):
+            return 0
+        self._ready.acquire()
+        return workers if self._values.nbytes >= _LARGE_FILTER else 1
+
+    def do(self, part: int, parts: int) -> None:
+        """Do one of so many parts."""
+        if not self._values.size:
+            return
+        with np.errstate(all="ignore"):
+            for group, to in enumerate(self._values):
+                filter = of_group(self._schedule.problem, "filter", self._second, group)
+                if parts > 1:
+                    cast(PackedInParts, self._schedule).pack_part(filter, to, part, parts)
                 else:
-                    schedule.pack(filter, to)
+                    self._schedule.pack(filter, to)
+
+    def do_among(self, part: int, parts: int) -> None:
+        """Do one of so many parts, for others that wait for all."""
+        try:
+            self.do(part, parts)
+        finally:  # no one waits before all parts are somebody's
+            if next(self._done) == parts:
+                self._ready.release()
+
+    def wait(self) -> None:
+        """Return when all parts are done, or one has failed."""
+        with self._ready:
+            pass
+
+    def packed(self) -> Packed:
+        """Return the operand, and what it is or will be packed to."""
         # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
-        looked_at = values if values.size else second
-        usable = not adds_zeros or is_finite(looked_at)
-    return Packed(second, values, usable)
+        looked_at = self._values if self._values.size else self._second
+        return Packed(self._second, self._values, not self._looked_at or is_finite(looked_at))
 
 
-def _pack_part(schedule: PackedInParts, filter: Array, packed: Array, parts: int, part: int, _: int) -> None:
-    schedule.pack_part(filter, packed, part, parts)
+@cache
+def _packs_in_parts(schedule: type) -> bool:
+    """Whether schedules of a class pack in parts; to ask a protocol takes longer than a small product."""
+    return issubclass(schedule, PackedInParts)
 
 
 def adds_groups(schedule: Schedule, problem: Problem) -> bool:
@@ -182,14 +219,19 @@ def run(
     """
     looking = profile.current()
     pack_s = time.perf_counter()
+    packing, parts = None, 0
     if packed is None:
-        packed = pack(schedule, problem, second, workers)
+        packing = Packing(schedule, problem, second)
+        parts = packing.parts(workers)
+        if parts == 0:
+            packing.do(0, 1)
+        packed = packing.packed()
     adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
     if not packed.usable or (adds_zeros and not is_finite(first)):
         if excerpt is not None:
             raise NotFiniteError
-        schedule, needed = _complete(problem, machine), None
-        packed = pack(schedule, problem, second, workers)
+        schedule, needed, parts = _complete(problem, machine), None, 0
+        packed = pack(schedule, problem, second)
     pack_s = time.perf_counter() - pack_s
     # What a plan needs is known, and others are not run again; windows differ from call to call.
     again = needed is not None and excerpt is None
@@ -208,8 +250,8 @@ def run(
         at = [excerpt.first, excerpt.second, *[excerpt.result] * needed.shares]
         every_shape = [*shapes[:2], *shapes[2:] * needed.shares]
         wholes = [placed(*part) for part in zip(wholes, at, every_shape, strict=True)]
-    parts = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in wholes[2:]]
-    groups = len(parts[0])
+    shares = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in wholes[2:]]
+    groups = len(shares[0])
     of_share = len(needed.blocks) // groups // needed.shares
     blocks = needed.blocks if excerpt is None else excerpt.blocks
     count = len(blocks)
@@ -223,10 +265,17 @@ def run(
 
     def task(index: int, slot: int) -> None:
         clock = clocks[slot]
+        if packing and index >= parts > 0:
+            packing.wait()
         if clock:
             clock.start()
-        block, group = divmod(blocks[index], groups)  # groups next to each other share cache lines and pages
-        run_block(block, parts[block // of_share][group], workspaces[slot])
+        if packing and index < parts:
+            packing.do_among(index, parts)
+            if clock:
+                clock("pack")
+            return
+        block, group = divmod(blocks[index - parts], groups)  # groups next to each other share cache lines and pages
+        run_block(block, shares[block // of_share][group], workspaces[slot])
         if progress is not None:
             progress(next(done), count)
         if clock:
@@ -235,7 +284,7 @@ def run(
     run_s = time.perf_counter()
     finite = True
     try:
-        threads.run(task, count, len(workspaces), limit_blas=needed.limit_blas)
+        threads.run(task, parts + count, len(workspaces), limit_blas=needed.limit_blas)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
         finite = False
     run_s = time.perf_counter() - run_s
