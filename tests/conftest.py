@@ -56,8 +56,8 @@ def tape_checked(monkeypatch):
         bound = other.bound[id(played.tape)] = tape._Bound(played.tape, other)
         for made in bound._made:
             made[:] = SENTINEL
-        assert played.fits(second)
-        played.play(second, other)
+        assert played.fits(other)
+        played.play(other)
         assert np.array_equal(bits(first.output), bits(second.output)), "a tape gives other bits than its block"
 
     monkeypatch.setattr(tape.Tapes, "run", run)

@@ -39,9 +39,9 @@ def counts(monkeypatch):
         found["recorded"] += 1
         return record(self)
 
-    def played(self, operands, workspace):
+    def played(self, workspace):
         found["played"] += 1
-        play(self, operands, workspace)
+        play(self, workspace)
 
     monkeypatch.setattr(tape.Recorder, "recording", recording)
     monkeypatch.setattr(tape.Recording, "play", played)

@@ -41,6 +41,8 @@ class Workspace:
         self.at = address(self._memory)
         self.used = 0
         self._operands: Operands | None = None
+        self.addresses: list[int] = []  # of the operands, and what lies between their values
+        self.strides: list[tuple[int, ...]] = []
         self.held: dict[str, Hashable] = {}
         self.bound: dict[int, Any] = {}  # what tape.py keeps
         self.size = size
@@ -51,6 +53,8 @@ class Workspace:
         """Begin a block; what is held of other operands than before is forgotten."""
         if operands is not self._operands:
             self._operands = operands
+            self.addresses = [address(array) for array in operands.arrays]
+            self.strides = [array.strides for array in operands.arrays]
             self.held.clear()
 
     def reset(self) -> None:
@@ -104,6 +108,12 @@ class Operands(NamedTuple):
     packed: Array
     steps: tuple[Steps, Steps, Steps]
     bias: Array | None = None
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All of them."""
+        arrays = [self.value, self.filter, self.output, self.packed]
+        return arrays if self.bias is None else [*arrays, self.bias]
 
     def start(self, channels: Range, behind: int = 0) -> Array | int:
         """Return what sums of some channels of the result begin with: 0, or the bias with `behind` axes behind it.

@@ -162,7 +162,7 @@ class Recorder(Workspace):
         self._memory, self.size, self.used = workspace._memory, workspace.size, 0
         self.steps: list[_Step] = []
         self.marks: list[tuple[int, str]] = []
-        arrays = _arrays(operands)
+        arrays = operands.arrays
         self._bounds = [_bounds(array) for array in (self._memory, *arrays)]
         self._made: list[Array] = []
         self._keys: list[Hashable] = []
@@ -260,7 +260,7 @@ class Recorder(Workspace):
 
     def recording(self) -> Recording:
         """Return what was recorded, each call by itself."""
-        arrays = _arrays(self.operands)
+        arrays = self.operands.arrays
         lowest: list[list[int]] = [[] for _ in self._bounds]
         for one in _every(self.steps):
             for a in one.arguments:
@@ -324,18 +324,18 @@ class Recording(NamedTuple):
     first: list[int]
     keys: list[Hashable]
 
-    def fits(self, operands: Operands) -> bool:
+    def fits(self, workspace: Workspace) -> bool:
         """Whether a call's operands lie as the recorded ones did."""
-        return [array.strides for array in _arrays(operands)] == self.tape.strides
+        return workspace.strides == self.tape.strides
 
-    def play(self, operands: Operands, workspace: Workspace) -> None:
-        """Make the recorded calls."""
+    def play(self, workspace: Workspace) -> None:
+        """Make the recorded calls for the operands that a workspace has begun with."""
         bound: _Bound | None = workspace.bound.get(id(self.tape))
         if bound is None or bound.tape is not self.tape:
             if sum(other.size for other in workspace.bound.values()) + self.tape.size > _MOST_BOUND:
                 workspace.bound.clear()
             bound = workspace.bound[id(self.tape)] = _Bound(self.tape, workspace)
-        bound.play(self, operands, workspace)
+        bound.play(self, workspace)
 
 
 class _Bound:
@@ -369,14 +369,15 @@ class _Bound:
             return _refill, [workspace.held, self._keys, *arguments, calls]
         return function, arguments
 
-    def play(self, recording: Recording, operands: Operands, workspace: Workspace) -> None:
-        for i, (array, first) in enumerate(zip(_arrays(operands), recording.first, strict=True)):
-            at = address(array) + first
-            if at != self._at[i]:
-                memory = memory_at(at)
-                for arguments, j, place in self._patches[i]:
-                    arguments[j] = _located(at, memory, place)
-                self._at[i] = at
+    def play(self, recording: Recording, workspace: Workspace) -> None:
+        at = [*map(int.__add__, workspace.addresses, recording.first)]
+        if at != self._at:
+            for of_operand, was, now in zip(self._patches, self._at, at, strict=True):
+                if was != now:
+                    memory = memory_at(now)
+                    for arguments, j, place in of_operand:
+                        arguments[j] = _located(now, memory, place)
+            self._at = at
         self._keys[:] = recording.keys
         done = 0
         for count, phase in self.tape.marks if workspace.clock else ():
@@ -530,14 +531,9 @@ def _key(one: _Step) -> Hashable:
     return one.function, *arguments, *map(_key, one.inside or ())
 
 
-def _arrays(operands: Operands) -> list[Array]:
-    arrays = [operands.value, operands.filter, operands.output, operands.packed]
-    return arrays if operands.bias is None else [*arrays, operands.bias]
-
-
 def _lie_apart(operands: Operands) -> bool:
     """Whether it follows from an address which operand it is of."""
-    bounds = sorted(_bounds(array) for array in _arrays(operands) if array.size)
+    bounds = sorted(_bounds(array) for array in operands.arrays if array.size)
     return all(stop <= start for (_, stop), (start, _) in pairwise(bounds))
 
 
@@ -569,8 +565,8 @@ class Tapes:
         key = block if operands.bias is None else ~block
         found = self._recordings.get(key)
         workspace.begin(operands)
-        if found is not None and found.fits(operands):
-            found.play(operands, workspace)
+        if found is not None and found.fits(workspace):
+            found.play(workspace)
         elif found is None and key in self._recordings and min(self._left, self._now) > 0 and _lie_apart(operands):
             self._record(key, block, operands, workspace)
         else:
