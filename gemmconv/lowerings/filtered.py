@@ -41,12 +41,14 @@ from gemmconv.lowerings.tiling import (
     behind,
     beyond,
     combined,
+    combining_s,
     cuts_of,
     length_of,
     order_of,
     pieces,
     seen,
     strands,
+    sums_memory,
     tile_size,
 )
 from gemmconv.machine import Machine
@@ -159,9 +161,10 @@ class Filtered(Tiling):
         return sum(aligned(math.prod(shape) * item) for shape in shapes)
 
     def _shapes(self, sizes: Sequence[float], points: Sequence[int]) -> Any:
-        """Return the shapes of cells, of rows combined along one axis and both, of sums and of what is added to them.
+        """Return the shapes of cells, of rows combined along one axis and both, of memory for sums, and of sums.
 
-        `sizes` says how many q, tiles and channels a block has, `points` how many a line.
+        Where the last lie are products that are added to sums, and what those are combined to. `sizes` says how many q,
+        tiles and channels a block has, `points` how many a line.
         """
         u, v, a, b, channels = sizes
         cin, reach = self.problem.cin, [_reach(of_axis) for of_axis in self.phases]
@@ -173,7 +176,7 @@ class Filtered(Tiling):
             (r_a, r_b, *rows, l_a, l_b, cin),
             (p_a, r_b, *rows, n_a, l_b, cin) if r_a > 1 else (0,),
             (p_a, p_b, *rows, n_a, n_b, cin) if r_b > 1 else (0,),
-            sums,
+            sums_memory(sums),
             sums,
         ]
 
@@ -198,7 +201,7 @@ class Filtered(Tiling):
         )
         strands = math.prod(lines[0].results * lines[0].apart for lines in self.lines)
         # Values of a single point.
-        cells, along_a, rows, sums, _ = map(math.prod, self._shapes(sizes, (1, 1)))
+        cells, along_a, rows, _, sums = map(math.prod, self._shapes(sizes, (1, 1)))
         landed = landing_share * sums
         r_a, r_b = (lines[0].results for lines in self.lines)
         p_a, p_b = (sum(line.points for line in lines) for lines in self.lines)
@@ -216,11 +219,10 @@ class Filtered(Tiling):
                 total += n * unpacked_s(points * landed / sizes[4], sizes[4], problem.cin)
                 total += n * read_s(first.filters * second.filters * sizes[4] * problem.cin, self.packed_values)
                 total += (n - 1) * pass_s(points * landed, points * landed)
-                passes = 2 * (first.points - r_a), 2 * (second.points - r_b)
-                total += passes[0] * pass_s(r_b * sums, sums) + passes[1] * pass_s(first.points * sums, sums)
                 results = r_a * r_b * sums
-                total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided) + pass_s(results, results)
-                steps += 2 * n + sum(passes) + strands + 1
+                total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided)
+                total += combining_s(first, second, sums) + pass_s(results / 2, results)
+                steps += 2 * n + strands + 3
         total += steps * STEP_S
         filter = math.prod(problem.kernel) * problem.cout * problem.cin
         packing = filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
@@ -296,7 +298,7 @@ class Filtered(Tiling):
     def _views(self, layout: Layout, workspace: Workspace) -> Views:
         cells, *arrays = (workspace.take(*shape) for shape in layout.shapes)
         along_a, along_b, sums, found = (array.reshape(-1) for array in arrays)
-        places = layout.shapes[3][4:6]
+        places = layout.shapes[4][4:6]
         lines = []
         for i, first in enumerate(self.lines[0]):
             rows_a, of_a = combined(cells, self.lines[0], first, 0, places[0], along_a)
@@ -304,9 +306,9 @@ class Filtered(Tiling):
                 rows, of_b = combined(rows_a, self.lines[1], second, 1, places[1], along_b)
                 targets = []
                 for target in layout.targets:
-                    shape = (first.points, second.points, *target.sizes, *layout.shapes[3][4:])
+                    shape = (first.points, second.points, *target.sizes, *layout.shapes[4][4:])
                     of_target = sums[: math.prod(shape)].reshape(shape)
-                    combines = Combining(of_target, first, second)
+                    combines = Combining(sums, shape[2:], first, second, found)
                     taps = list(_taps(rows, target, of_target, found, self.columns))
                     results = layout.results[i * len(self.lines[1]) + j]
                     stored = [seen(self.problem, combines.results[at]) for at in results]

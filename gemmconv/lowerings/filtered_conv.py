@@ -36,11 +36,13 @@ from gemmconv.lowerings.tiling import (
     Tiling,
     beyond,
     combined,
+    combining_s,
     cuts_of,
     order_of,
     pieces,
     seen,
     strands,
+    sums_memory,
     tile_size,
 )
 from gemmconv.machine import Machine
@@ -154,12 +156,12 @@ class FilteredConv(Tiling):
     def _memory(self, shapes: Any, sums: Any) -> list[int]:
         """Return the values of memory for cells and products that are added, rows of one axis, of both, box and sums.
 
-        Cells are done with when there are products. With a single family the box is when rows are combined along the
-        second axis, and rows of one axis are when there are sums.
+        Cells are done with when there are products; results are there at last. With a single family the box is when
+        rows are combined along the second axis, and rows of one axis are when there are sums.
         """
         cells, along_a, along_b = (max(math.prod(shape) for shape in of) for of in zip(*shapes, strict=True))
-        box, of_sums = math.prod(self._box(shapes)) * self.problem.cout, math.prod(sums)
-        cells = max(cells, of_sums)
+        box, of_sums = math.prod(self._box(shapes)) * self.problem.cout, math.prod(sums_memory(sums))
+        cells = max(cells, math.prod(sums))
         if len(shapes) == 1 and along_a and along_b:
             return [cells, max(along_a, of_sums), max(along_b, box)]
         return [cells, along_a, along_b, box, of_sums]
@@ -236,13 +238,10 @@ class FilteredConv(Tiling):
             steps += taps + added
         first = self.families[0]
         results = math.prod(lines[0].results for lines in first[2:])
-        for line, others in ((first.b[0], first.points[0]), (first.a[0], first.b[0].results)):
-            passes = 2 * (line.points - line.results)
-            total += passes * pass_s(others * sums, sums)
-            steps += passes
+        total += combining_s(first.a[0], first.b[0], sums)
         total += copy_s(results * sums, sizes[4], steps=0, spilled=True, strided=strided)
-        steps += math.prod(self.units) + 2
-        packing = packing_s(problem, copy_s(3 * self.packed_values, problem.cin, spilled=True))
+        steps += math.prod(self.units) + 4
+        packing = packing_s(problem, copy_s(4 * self.packed_values, problem.cin, spilled=True))
         return self.count * (total + steps * STEP_S) + packing
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
@@ -330,7 +329,7 @@ class FilteredConv(Tiling):
             taps = list(_taps(family, rows, of_family, memory[0], self.columns, adds=number > 0))
             families.append(FamilyViews(list(self._fills(family, cells, box, of_box)), combines, taps))
         first = self.families[0]
-        combining = Combining(sums, first.a[0], first.b[0])
+        combining = Combining(of_sums, layout.sums[2:], first.a[0], first.b[0], memory[0])
         stored = [seen(self.problem, combining.results[at]) for at in layout.results]
         inside = box[layout.inside]
         cleared = list(_outside(box, layout.inside))

@@ -15,8 +15,9 @@ arXiv:1509.09308.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,3 +106,20 @@ def combine_sums(z: Sequence[Array]) -> None:
     if len(z) > RESULTS + 1:
         z[0] += z[3]
         z[1] += z[3]
+
+
+@lru_cache(maxsize=64)
+def sums_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
+    """Return the matrix that combines the sums of points [point, point] to results, and adds one row more to each.
+
+    It holds 0, 1 and -1 only: products with it round no other than `combine_sums`.
+    """
+    along = []
+    for line in (first, second):
+        of_line = np.eye(line.results, line.points, dtype=dtype)
+        of_line[:, line.results :] = np.array([[1, 1], [-1, 1]])[: line.results, : line.points - line.results]
+        along.append(of_line)
+    both = np.kron(*along)
+    found: Array = np.concatenate([both, np.ones((len(both), 1), dtype)], axis=1)
+    found.flags.writeable = False
+    return found

@@ -213,6 +213,12 @@ def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
     Tiled(a, tiles.shape[-1], out)(tiles[..., np.newaxis, :, :])
 
 
+def columns_each(n: int, values: int) -> int:
+    """Return of how many of n columns products are to be formed; of one column they are of so many m by k."""
+    parts = -(-n // (_most() // values))
+    return n // next((p for p in range(parts, 2 * parts) if n % p == 0), parts)
+
+
 def largest_rows(columns: int, k: int) -> int:
     """Return the most rows of a product with so many columns and this depth, that can be one row longer."""
     return max(2, _most() // (columns * k) - 1)

@@ -225,6 +225,8 @@ class Recorder(Workspace):
     def _place(self, array: Array, written: bool) -> Any:
         if array.size == 0:
             return np.ndarray(array.shape, array.dtype)
+        if not array.flags.writeable and not isinstance(array, Traced):
+            return array  # a constant
         at = address(array)
         found = self._in_memory(at)
         if found is None:
@@ -499,6 +501,8 @@ def _coalesced(one: _Step) -> _Step:
     places = [a for a in one.arguments if isinstance(a, _Place)]
     kept = _COALESCED.get(one.function)
     if kept is None or len({len(a.shape or ()) for a in places}) > 1:
+        return one
+    if any(isinstance(a, np.ndarray) and a.ndim > kept for a in one.arguments):
         return one
     # Of each array the sizes and strides of its axes, from the last one on.
     axes = [list(zip((a.shape or ())[::-1], a.strides[::-1], strict=True)) for a in places]

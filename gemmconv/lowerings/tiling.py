@@ -11,15 +11,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemmconv.lowerings.base import Array, Operands, canonical, five
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
 from gemmconv.lowerings.copies import as_items, item_size, need_finite, store
-from gemmconv.lowerings.minimal import RESULTS, Line, combine_sums
-from gemmconv.lowerings.products import LARGEST
+from gemmconv.lowerings.cost import pass_s
+from gemmconv.lowerings.minimal import RESULTS, Line, sums_matrix
+from gemmconv.lowerings.products import LARGEST, alike, columns_each
 from gemmconv.problem import Axis, Problem
 
 # Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
@@ -130,26 +131,50 @@ Rows = tuple[list[Array], list[Array]]
 
 
 class Combining:
-    """The sums of points [point, point, u, v, ...], which a call combines to results in place.
+    """The sums of points [point, point, u, v, ...] and what is added to all results, which a call combines to those.
 
-    They begin with what is added to them: zero too, for its sign, since products that underflow give -0.0. Results that
-    are not finite are left to another lowering.
+    They lie in memory one after the other, so that it is a single product with a few rows. What is added is zero at
+    least, for its sign, since products that underflow give -0.0. Results that are not finite are left to another
+    lowering.
     """
 
-    __slots__ = ("_begins", "_first", "_second", "results")
+    __slots__ = ("_matrix", "_start", "_steps", "results")
 
-    def __init__(self, sums: Array, first: Line, second: Line) -> None:
-        self._second = [*sums.swapaxes(0, 1)]
-        sums = sums[:, : second.results]
-        self._begins = sums[: first.results]  # those that others are added to
-        self._first = [*sums]
-        self.results = sums[: first.results]
+    def __init__(self, memory: Array, shape: tuple[int, ...], first: Line, second: Line, to: Array) -> None:
+        self._matrix = sums_matrix(first, second, memory.dtype)
+        (results, k), n = self._matrix.shape, math.prod(shape)
+        sums = memory[: k * n].reshape(k, n)
+        self._start = sums[-1].reshape(shape)
+        found = to[: results * n].reshape(results, n)
+        if k == results + 1:  # nothing is combined
+            self.results = sums[:-1].reshape(first.results, second.results, *shape)
+            self._steps: list[tuple[Array, ...]] = []
+            return
+        self.results = found.reshape(first.results, second.results, *shape)
+        self._steps = [
+            tuple(array[:, start:stop].reshape(len(array), many, -1).swapaxes(0, 1) for array in (sums, found))
+            for start, stop, many in alike(n, columns_each(n, results * k))
+        ]
 
     def __call__(self, start: Array | int) -> None:
-        combine_sums(self._second)
-        np.add(self._begins, start, self._begins)
-        combine_sums(self._first)
+        if self._steps:
+            self._start[...] = start
+        else:
+            np.add(self.results, start, self.results)
+        for sums, found in self._steps:
+            np.matmul(self._matrix, sums, out=found)
         need_finite(self.results)
+
+
+def sums_memory(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the shape of memory for sums [point, point, ...] and what is added to all results."""
+    return shape[0] * shape[1] + 1, *shape[2:]
+
+
+def combining_s(first: Line, second: Line, sums: float) -> float:
+    """Return the time to combine sums, so many of each point: each is read once, each result is written."""
+    touched = first.points * second.points + 2 + first.results * second.results
+    return pass_s(touched * sums / 2, sums)
 
 
 # A run of places that are evenly apart: of the cells or results of an axis, the places, and the rows or fine positions.
