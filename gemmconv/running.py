@@ -78,7 +78,8 @@ class Packing:
         self._second = second
         self._values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
         self._done = itertools.count(1)
-        self._ready = _thread.allocate_lock()  # held until all parts are done
+        self._ready = _thread.allocate_lock()  # held until all parts have ended
+        self._failed = False
 
     def parts(self, workers: int) -> int:
         """Return in how many parts so many workers do it as they begin; 0 where it has to be done before."""
@@ -103,14 +104,17 @@ class Packing:
         """Do one of so many parts, for others that wait for all."""
         try:
             self.do(part, parts)
+        except BaseException:
+            self._failed = True
+            raise
         finally:  # no one waits before all parts are somebody's
             if next(self._done) == parts:
                 self._ready.release()
 
-    def wait(self) -> None:
-        """Return when all parts are done, or one has failed."""
+    def wait(self) -> bool:
+        """Return whether all parts are done when they have ended: one may have failed."""
         with self._ready:
-            pass
+            return not self._failed
 
     def packed(self) -> Packed:
         """Return the operand, and what it is or will be packed to."""
@@ -265,8 +269,8 @@ def run(
 
     def task(index: int, slot: int) -> None:
         clock = clocks[slot]
-        if packing and index >= parts > 0:
-            packing.wait()
+        if packing and index >= parts > 0 and not packing.wait():
+            return
         if clock:
             clock.start()
         if packing and index < parts:

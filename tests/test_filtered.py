@@ -6,6 +6,7 @@ Whole numbers have one result in any order of summation, and minimal filtering c
 import dataclasses
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -212,6 +213,31 @@ def test_a_filter_is_packed_in_parts(operation, monkeypatch):
                     together = np.where(np.isnan(alone), together, alone)
                 assert (times == 1).all()
                 assert same_bits(together, whole)
+
+
+@pytest.mark.parametrize("large", [0, 1 << 30])
+def test_a_filter_that_cannot_be_packed_leaves_out_as_it_was(monkeypatch, large):
+    """By two workers, or by one that the other waits for."""
+    monkeypatch.setattr(running, "_LARGE_FILTER", large)
+    axes = tuple(Axis(16, 16, 3, 1, 1, 1) for _ in range(3))
+    problem = Problem("conv3d_transpose", 1, 32, 32, axes, np.dtype(np.float32), "NDHWC")
+    schedule = next(s for s in filtered.candidates(problem, MACHINE) if s.count > 2)
+    plan, parts = plan_of(problem, schedule), set()
+    assert plan.used_workers == 2
+
+    def fails(self, filter, packed, part, of):
+        parts.add((part, of))
+        packed[...] = 0
+        time.sleep(0.05)
+        if part == of - 1:
+            raise MemoryError
+
+    monkeypatch.setattr(filtered.Filtered, "pack_part", fails)
+    out = np.full(plan.output_shape, 7, np.float32)
+    with pytest.raises(MemoryError):
+        plan(np.ones((1, 16, 16, 16, 32), np.float32), np.ones((3, 3, 3, 32, 32), np.float32), out=out)
+    assert parts == ({(0, 2), (1, 2)} if large == 0 else {(0, 1)})
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("along", [1, 2])
