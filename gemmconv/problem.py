@@ -237,6 +237,8 @@ def integer(text: str, value: Any) -> int:
 
 def integers(text: str, values: Any) -> tuple[int, ...]:
     """Return a one-dimensional sequence of integers as a tuple; `text` names the argument in the errors."""
+    if type(values) in (tuple, list) and all(type(item) is int for item in values):
+        return tuple(values)
     if isinstance(values, np.ndarray) and values.ndim != 1:
         raise ValueError(f"{text} must be one-dimensional, got an array of shape {values.shape}")
     if isinstance(values, str | bytes | Mapping | Set | np.generic) or not hasattr(values, "__getitem__"):
