@@ -11,7 +11,7 @@ from test_lowerings import told
 from test_relation import operands, run
 
 from gemmconv import blas, running
-from gemmconv.lowerings import by_taps, columns, copies, im2col, landed, products
+from gemmconv.lowerings import by_planes, by_rows, by_taps, columns, copies, im2col, landed, products
 from gemmconv.lowerings.boxes import Cut
 from gemmconv.plan import make_plan
 from gemmconv.problem import Axis, Problem
@@ -243,6 +243,33 @@ def test_large_blocks_are_handed_out_first():
     many = dataclasses.replace(uneven, cuts=im2col.row_cuts(problem, problem.axes, 2))
     assert many.count > 64
     assert running.largest_first(many) == range(2 * many.count)
+
+
+@pytest.mark.usefixtures("_known")
+@pytest.mark.parametrize("module", [by_planes, by_rows])
+def test_rows_of_a_large_value_are_read_ahead(module, monkeypatch):
+    """Some at a time, before the products of their lines with those of the filter; each row once for a filter."""
+    read = []
+
+    def read_ahead(matrix):
+        read.append(matrix.shape)
+        copies.read_ahead(matrix)
+
+    monkeypatch.setattr(columns, "read_ahead", read_ahead)
+    monkeypatch.setattr(columns, "_sooner_by_lines", lambda m, n, k, *_: products.lines_fit(m, n, k))
+    monkeypatch.setattr(columns, "_AHEAD", 17 * 32 * 4)
+    axes = Axis(3, 6, 4, 2, 1, 1), Axis(5, 10, 4, 2, 1, 1), Axis(17, 17, 3, 1, 1, 1)
+    problem = Problem("conv3d_transpose", 2, 32, 3, axes, np.dtype(np.float32), "NDHWC")
+    first, second, _ = operands(np.random.default_rng(7), problem, biased=False)
+    want = rounded(relation.result(problem, first, second), "float32")
+    for far in (0, first.nbytes + 1):
+        monkeypatch.setattr(columns, "_FAR_VALUE", far)
+        read.clear()
+        schedule = module.schedule(problem, MACHINE)
+        assert same_bits(run(plan_of(problem, schedule), first, second, None), want)
+        assert all(columns == 32 and rows <= 17 for rows, columns in read)
+        assert (sum(rows for rows, _ in read) >= first.size // 32) == (far == 0)
+        assert bool(read) == (far == 0)
 
 
 def test_reading_ahead_takes_lines_of_any_step():

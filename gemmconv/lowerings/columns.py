@@ -26,8 +26,9 @@ from gemmconv.problem import Axis, Problem
 _FEW_ROWS, _SMALL, _LARGE = 24, 1 << 17, 1 << 15
 # The fewest rows that are columns of a product: a vector of BLAS' kernels.
 _VECTOR = 16
-# Bytes of a large filter that are read ahead of their products, to stay in the L2 cache until then.
-_AHEAD = 1 << 19
+# Bytes of a large filter that are read ahead of their products, to stay in the L2 cache until then; and of rows, of a
+# value that no cache holds from the layer before.
+_AHEAD, _FAR_VALUE = 1 << 19, 1 << 24
 
 
 class Piece(NamedTuple):
@@ -173,7 +174,14 @@ class Columns:
     def _form_lines(self, rows: Rows, piece: Piece, ld: int) -> None:
         """Form the columns of rows and of a piece of the filter, both as they lie, without packing."""
         value, (first, n, column), far = self._flat(rows), piece, is_far(self._operands.filter)
-        for start, stop in Cut(n, max(_VECTOR, _AHEAD // (self._cin * value.itemsize)) if far else n):
+        ahead = max(_VECTOR, _AHEAD // (self._cin * value.itemsize))
+        if self._buffers.tap_major and not far and self._operands.value.nbytes >= _FAR_VALUE:
+            taps, to = self._filter[first : first + n], self.buffer[column * ld : (column + n) * ld].reshape(n, ld)
+            for start, stop in Cut(rows.m, ahead):
+                read_ahead(value[start:stop])
+                multiply_lines(taps, value[start:stop], to[:, start:stop])
+            return
+        for start, stop in Cut(n, ahead if far else n):
             taps, begin, end = self._filter[first + start : first + stop], column + start, column + stop
             if far:
                 read_ahead(taps)
