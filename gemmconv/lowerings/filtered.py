@@ -19,12 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv import results
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit
-from gemmconv.lowerings.copies import copy_turned
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s, read_s, unpacked_s
-from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
+from gemmconv.lowerings.minimal import Line, combine_rows, evenly, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
 from gemmconv.lowerings.tiling import (
@@ -45,6 +43,7 @@ from gemmconv.lowerings.tiling import (
     cuts_of,
     length_of,
     order_of,
+    pack_lines,
     pieces,
     seen,
     strands,
@@ -229,23 +228,17 @@ class Filtered(Tiling):
         return self.count * total + packing_s(problem, packing)
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
-        """Turn taps to tiles, combine them along both axes, and lay them out; a part is some of the input channels."""
+        """Turn taps to tiles, and combine them along both axes; a part is some of the input channels."""
         problem, arrays = self.problem, self._packed(packed)
         tiles, cin = problem.cout // self.columns, problem.cin
         taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), tiles, self.columns, cin)
-        taps = taps.transpose(*self.order, 4, 6, 5)
+        taps = taps.transpose(*self.order, 4, 5, 6)
         size = math.prod(problem.filter_shape) * packed.itemsize
         for rows, of_u in pieces(part, parts, cin, self.axes[0].kernel, size):
-            turned = results.empty(taps[of_u, ..., rows, :].shape, packed.dtype)
-            copy_turned(turned, taps[of_u, ..., rows, :].swapaxes(-1, -2))
-            at = 0
-            for first in self.lines[0]:
-                along_a = results.empty((first.filters, *turned.shape[:2], *turned.shape[3:]), packed.dtype)
-                combine_taps([turned[:, :, tap] for tap in first.taps], along_a)
-                for second in self.lines[1]:
-                    to = arrays[at][:, :, of_u, ..., rows, :].swapaxes(0, 1)
-                    combine_taps([along_a[:, :, :, tap] for tap in second.taps], to)
-                    at += 1
+            for lines, to in zip(product(*self.lines), arrays, strict=True):
+                along_a, along_b = (evenly(line.taps) for line in lines)
+                mine, of_points = taps[of_u, :, along_a, along_b, :, :, rows], to[:, :, of_u, :, :, np.newaxis, rows]
+                pack_lines(lines, [mine], of_points, turns=True)
 
     def _packed(self, packed: Array) -> list[Array]:
         """Return the packed filter of each combination of lines: [point, point, tap, tap, tile, cin, column]."""

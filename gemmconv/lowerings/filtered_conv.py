@@ -9,7 +9,7 @@ of all families are added to the sums point by point, since single and two taps 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, groupby, product
 from typing import Any, NamedTuple
@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv import results
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s, read_s, unpacked_s
-from gemmconv.lowerings.minimal import Line, combine_rows, combine_taps, lines_of
+from gemmconv.lowerings.minimal import Line, combine_rows, evenly, lines_of
 from gemmconv.lowerings.phases import phases
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
 from gemmconv.lowerings.tiling import (
@@ -39,6 +38,7 @@ from gemmconv.lowerings.tiling import (
     combining_s,
     cuts_of,
     order_of,
+    pack_lines,
     pieces,
     seen,
     strands,
@@ -245,22 +245,17 @@ class FilteredConv(Tiling):
         return self.count * (total + steps * STEP_S) + packing
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
-        """Combine taps along both filtered axes, and lay them out as `_packed` says; a part is some of the rows."""
+        """Combine taps along both filtered axes; a part is some of the rows."""
         problem, arrays = self.problem, self._packed(packed)
         tiles, cout = problem.cin // self.columns, problem.cout
         taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), cout, tiles, self.columns)
         taps = taps.transpose(*self.order, 5, 4, 6)
         for rows, _ in pieces(part, parts, cout, 1, math.prod(problem.filter_shape) * packed.itemsize):
-            of_rows = taps[..., rows, :]
-            for a in {line: None for family in self.families for line in family.a}:
-                along_a = results.empty((a.filters, *of_rows.shape[:2], *of_rows.shape[3:]), packed.dtype)
-                combine_taps([of_rows[:, :, tap] for tap in a.taps], along_a)
-                for family, to in zip(self.families, arrays, strict=True):
-                    for number, (u, v, of_a, b) in enumerate(product(*family)):
-                        if of_a == a:
-                            of_phase = to[..., number * cout + rows.start : number * cout + rows.stop, :]
-                            source = along_a[:, _evenly_taken(u.taps), _evenly_taken(v.taps)]
-                            combine_taps([source[:, :, :, tap] for tap in b.taps], of_phase.swapaxes(0, 1))
+            for family, to in zip(self.families, arrays, strict=True):
+                of_phases = ([evenly(line.taps) for line in lines] for lines in product(*family))
+                phases_of = [taps[u, v, a, b, :, rows] for u, v, a, b in of_phases]
+                of_points = to.reshape(*to.shape[:5], family.size, cout, self.columns)[..., rows, :]
+                pack_lines((family.a[0], family.b[0]), phases_of, of_points, turns=False)
 
     def _packed(self, packed: Array) -> list[Array]:
         """Return the packed filter of each family: [point, point, tap, tap, tile, phase and cout, column]."""
@@ -420,11 +415,6 @@ def _outside(box: Array, inside: Index) -> Iterator[Array]:
         for slab in (slice(0, of.start), slice(of.stop, size)):
             if slab.start < slab.stop:
                 yield box[*inside[:axis], slab]
-
-
-def _evenly_taken(taps: Sequence[int]) -> slice:
-    """Return a slice of taps of one phase, which are evenly apart."""
-    return slice(taps[0], taps[-1] + 1, taps[1] - taps[0] if len(taps) > 1 else 1)
 
 
 def _evenly(starts: list[int]) -> list[tuple[slice, int, int]]:

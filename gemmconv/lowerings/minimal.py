@@ -28,6 +28,12 @@ from gemmconv.problem import Axis
 
 RESULTS = 2
 _MOST_TAPS = 3
+# What taps are combined to, by their number.
+_COMBINED = {
+    1: [[1.0]],
+    2: [[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]],
+    3: [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.5, -0.5, 0.5], [0.5, 0.5, 0.5]],
+}
 
 
 class Line(NamedTuple):
@@ -123,3 +129,18 @@ def sums_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
     found: Array = np.concatenate([both, np.ones((len(both), 1), dtype)], axis=1)
     found.flags.writeable = False
     return found
+
+
+@lru_cache(maxsize=256)
+def taps_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
+    """Return the matrix that combines the taps [tap, tap] of two lines, in the order of their rows, to filters."""
+    found: Array = np.kron(*(np.array(_COMBINED[len(line.taps)], dtype) for line in (first, second)))
+    found.flags.writeable = False
+    return found
+
+
+def evenly(taps: Sequence[int]) -> slice:
+    """Return a slice of taps of one line, which are evenly apart."""
+    step = taps[1] - taps[0] if len(taps) > 1 else 1
+    stop = taps[-1] + (1 if step > 0 else -1)
+    return slice(taps[0], stop if stop >= 0 else None, step)

@@ -213,10 +213,14 @@ def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
     Tiled(a, tiles.shape[-1], out)(tiles[..., np.newaxis, :, :])
 
 
-def columns_each(n: int, values: int) -> int:
-    """Return of how many of n columns products are to be formed; of one column they are of so many m by k."""
-    parts = -(-n // (_most() // values))
-    return n // next((p for p in range(parts, 2 * parts) if n % p == 0), parts)
+def multiply_few(a: Array, b: Array, out: Array) -> None:
+    """Form the product of a small matrix a [m, k] and b [k, ..., n] in out [m, ..., n]; m and n are not 1."""
+    n = b.shape[-1]
+    parts = -(-n // (_most() // a.size))
+    each = n // next((p for p in range(parts, 2 * parts) if n % p == 0), parts)
+    for start, stop, many in alike(n, each):
+        right, to = (array[..., start:stop].reshape(*array.shape[:-1], many, -1) for array in (b, out))
+        np.matmul(a, np.moveaxis(right, 0, -2), out=np.moveaxis(to, 0, -2))
 
 
 def largest_rows(columns: int, k: int) -> int:

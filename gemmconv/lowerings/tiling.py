@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemmconv import results
 from gemmconv.lowerings.base import Array, Operands, canonical, five
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
-from gemmconv.lowerings.copies import as_items, item_size, need_finite, store
+from gemmconv.lowerings.copies import as_items, copy_turned, item_size, need_finite, store
 from gemmconv.lowerings.cost import pass_s
-from gemmconv.lowerings.minimal import RESULTS, Line, sums_matrix
-from gemmconv.lowerings.products import LARGEST, alike, columns_each
+from gemmconv.lowerings.minimal import RESULTS, Line, sums_matrix, taps_matrix
+from gemmconv.lowerings.products import LARGEST, multiply_few
 from gemmconv.problem import Axis, Problem
 
 # Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
@@ -138,31 +139,23 @@ class Combining:
     lowering.
     """
 
-    __slots__ = ("_matrix", "_start", "_steps", "results")
+    __slots__ = ("_combines", "_found", "_matrix", "_start", "_sums", "results")
 
     def __init__(self, memory: Array, shape: tuple[int, ...], first: Line, second: Line, to: Array) -> None:
         self._matrix = sums_matrix(first, second, memory.dtype)
         (results, k), n = self._matrix.shape, math.prod(shape)
-        sums = memory[: k * n].reshape(k, n)
-        self._start = sums[-1].reshape(shape)
-        found = to[: results * n].reshape(results, n)
-        if k == results + 1:  # nothing is combined
-            self.results = sums[:-1].reshape(first.results, second.results, *shape)
-            self._steps: list[tuple[Array, ...]] = []
-            return
+        self._sums, self._found = memory[: k * n].reshape(k, n), to[: results * n].reshape(results, n)
+        self._combines = k > results + 1
+        found = self._found if self._combines else self._sums[:-1]
         self.results = found.reshape(first.results, second.results, *shape)
-        self._steps = [
-            tuple(array[:, start:stop].reshape(len(array), many, -1).swapaxes(0, 1) for array in (sums, found))
-            for start, stop, many in alike(n, columns_each(n, results * k))
-        ]
+        self._start = self._sums[-1].reshape(shape)
 
     def __call__(self, start: Array | int) -> None:
-        if self._steps:
+        if self._combines:
             self._start[...] = start
+            multiply_few(self._matrix, self._sums, self._found)
         else:
             np.add(self.results, start, self.results)
-        for sums, found in self._steps:
-            np.matmul(self._matrix, sums, out=found)
         need_finite(self.results)
 
 
@@ -199,15 +192,41 @@ def combined(
     return found, [([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])]
 
 
+def pack_lines(lines: Sequence[Line], phases: Sequence[Array], to: Array, *, turns: bool) -> None:
+    """Combine the taps of two lines to their points' filters, for phases that have as many.
+
+    Each phase is [tap, tap, line's tap, line's tap, tile, row, column], `to` is [point, point, tap, tap, tile, phase,
+    row, column]. With `turns` columns of a phase are its rows.
+    """
+    first, second = lines
+    matrix = taps_matrix(first, second, to.dtype)
+    # Taps that are combined one after the other; a single one is there already.
+    shape = (len(first.taps), len(second.taps), *to.shape[2:])
+    held = to if matrix.size == 1 else results.empty(shape, to.dtype)
+    for number, taps in enumerate(phases):
+        mine = held[..., number, :, :].transpose(2, 3, 0, 1, 4, 5, 6)
+        if turns:
+            copy_turned(mine, taps)
+        else:
+            np.copyto(mine, taps, casting="unsafe")
+    if matrix.size > 1:
+        *axes, number, row, column = to.shape[2:]
+        whole = to.strides[5] == row * to.strides[6]
+        axes += [number * row * column] if whole else [number, row * column]
+        multiply_few(matrix, held.reshape(-1, *axes), to.reshape(len(matrix), *axes))
+
+
 def pieces(part: int, parts: int, rows: int, taps: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Yield rows and taps of one of so many parts of a filter of `size` bytes, in pieces that are packed in cache.
 
     Taps are cut before rows are, which lie together.
     """
     share, each = Cut(rows, -(-rows // parts)), size // (rows * taps)
-    first, last = share[part] if part < len(share) else (0, 0)
+    if part >= len(share):
+        return
+    first, last = share[part]
     for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
-        for p, q in Cut(taps, max(1, _PACKED_TOGETHER // (each * max(1, stop - start)))):
+        for p, q in Cut(taps, max(1, _PACKED_TOGETHER // (each * (stop - start)))):
             yield slice(first + start, first + stop), slice(p, q)
 
 
