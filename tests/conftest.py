@@ -5,7 +5,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from gemmconv.lowerings import Operands, Workspace, tape
+from gemmconv.lowerings import Operands, Workspace, recorder, tape
 
 SENTINEL = 0xA5
 AS_IT_IS = tape.Tapes.run
@@ -15,7 +15,7 @@ def moved(array: np.ndarray, *, empty: bool = False) -> np.ndarray:
     """Return a copy with the same strides, or what is recognised as never written."""
     if array.size == 0:
         return array
-    first, stop = tape._bounds(array)
+    first, stop = recorder.bounds_of(array)
     at = array.__array_interface__["data"][0] - first
     memory = np.full(stop - first, SENTINEL, np.uint8)
     found = np.ndarray(array.shape, array.dtype, memory, at, array.strides)
@@ -39,8 +39,8 @@ def tape_checked(monkeypatch):
             return
         workspace.begin(operands)
         first = operands._replace(output=moved(operands.output, empty=True))
-        recorder = tape.Recorder(workspace, first, most=1 << 30)
-        self._schedule.run(block, recorder.operands, recorder)
+        recording = recorder.Recorder(workspace, first, most=1 << 30)
+        self._schedule.run(block, recording.operands, recording)
         written = (bits(first.output) != SENTINEL).any(axis=-1)
         np.copyto(operands.output, first.output, where=written)
         value, filter, packed = (moved(array) for array in (operands.value, operands.filter, operands.packed))
@@ -51,13 +51,13 @@ def tape_checked(monkeypatch):
         other = Workspace(workspace.size, workspace.gemm.dtype)
         other._memory[:] = SENTINEL
         other.begin(second)
-        played = recorder.recording()
+        played = recording.recording()
         played = played._replace(tape=played.tape.joined())
-        bound = other.bound[id(played.tape)] = tape._Bound(played.tape, other)
+        bound = other.bound[id(played.tape)] = tape.Bound(played.tape, other)
         for made in bound._made:
             made[:] = SENTINEL
-        assert played.fits(other)
-        played.play(other)
+        assert played.tape.strides == other.strides
+        tape.play(played, other)
         assert np.array_equal(bits(first.output), bits(second.output)), "a tape gives other bits than its block"
 
     monkeypatch.setattr(tape.Tapes, "run", run)

@@ -16,7 +16,7 @@ from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F
 from test_relation import LAYOUTS, ONE, operands, run
 
 from gemmconv import running
-from gemmconv.lowerings import base, by_taps, filtered, filtered_conv, products
+from gemmconv.lowerings import base, by_taps, filtered, filtered_conv, minimal, products
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -213,6 +213,31 @@ def test_a_filter_is_packed_in_parts(operation, monkeypatch):
                     together = np.where(np.isnan(alone), together, alone)
                 assert (times == 1).all()
                 assert same_bits(together, whole)
+
+
+@pytest.mark.parametrize("taps", [*itertools.product((1, 2, 3), repeat=2)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_matrices_combine_as_additions_do(taps, alone):
+    """Sums of points to results, with what is added to each, and taps to filters, along both axes; halves are exact."""
+    rng = np.random.default_rng([7, *taps])
+    first, second = (minimal.Line(0, tuple(range(n)), 0) for n in taps)
+    if alone:
+        first = minimal.Line(0, (0,), 0, results=1)
+    sums = rng.integers(-9, 10, (first.points, second.points, 5)).astype("f4")
+    start = rng.integers(-9, 10, 5).astype("f4")
+    matrix = minimal.sums_matrix(first, second, sums.dtype)
+    found = matrix @ np.concatenate([sums.reshape(-1, 5), start[np.newaxis]])
+    minimal.combine_sums([*sums.swapaxes(0, 1)])
+    of_second = sums[:, : second.results]
+    minimal.combine_sums([*of_second])
+    assert np.array_equal(found.reshape(first.results, -1, 5), of_second[: first.results] + start)
+    g = 4 * rng.integers(-9, 10, (len(first.taps), len(second.taps), 5)).astype("f4")
+    along = np.empty((first.filters, len(second.taps), 5), "f4")
+    minimal.combine_taps([*g], along)
+    both = np.empty((first.filters, second.filters, 5), "f4")
+    minimal.combine_taps([*along.swapaxes(0, 1)], both.swapaxes(0, 1))
+    matrix = minimal.taps_matrix(first, second, g.dtype)
+    assert np.array_equal(matrix @ g.reshape(-1, 5), both.reshape(-1, 5))
 
 
 @pytest.mark.parametrize("large", [0, 1 << 30])

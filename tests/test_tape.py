@@ -14,7 +14,7 @@ from oracle import same_bits
 
 import gemmconv
 from gemmconv.compat import torch
-from gemmconv.lowerings import NotFiniteError, Operands, Workspace, tape
+from gemmconv.lowerings import NotFiniteError, Operands, Workspace, recorder, steps, tape
 from gemmconv.lowerings.copies import need_finite
 from gemmconv.profile import Clock
 
@@ -33,18 +33,18 @@ def as_it_is(tape_checked, monkeypatch):
 def counts(monkeypatch):
     """Count recorded and played blocks."""
     found = {"recorded": 0, "played": 0}
-    record, play = tape.Recorder.recording, tape.Recording.play
+    record, play = recorder.Recorder.recording, tape.play
 
     def recording(self):
         found["recorded"] += 1
         return record(self)
 
-    def played(self, workspace):
+    def played(of_block, workspace):
         found["played"] += 1
-        play(self, workspace)
+        play(of_block, workspace)
 
-    monkeypatch.setattr(tape.Recorder, "recording", recording)
-    monkeypatch.setattr(tape.Recording, "play", played)
+    monkeypatch.setattr(recorder.Recorder, "recording", recording)
+    monkeypatch.setattr(tape, "play", played)
     return found
 
 
@@ -204,7 +204,7 @@ def test_what_is_held_is_filled_once_a_call():
     rng = np.random.default_rng(8)
     filled = []
 
-    @tape.step
+    @recorder.step
     def fill(to, source):
         filled.append(1)
         np.copyto(to, source)
@@ -287,9 +287,56 @@ def test_a_call_records_some_blocks_and_later_ones_the_others(counts, monkeypatc
 def test_what_cannot_be_recorded_is_refused(use):
     """A new array would be of the values that were there when it was recorded."""
     workspace = Workspace(256, F4)
-    recorder = tape.Recorder(workspace, operands_of(np.random.default_rng(10)))
-    with pytest.raises(tape.CannotRecordError, match="recorded"):
-        use(recorder.operands.value, recorder)
+    made = recorder.Recorder(workspace, operands_of(np.random.default_rng(10)), most=100)
+    with pytest.raises(recorder.CannotRecordError, match="recorded"):
+        use(made.operands.value, made)
+
+
+def test_what_nobody_can_write_is_a_constant():
+    """A matrix of a schedule's own, that is the same in every call; an operand that nobody can write is none."""
+    rng = np.random.default_rng(18)
+    matrix = np.array([[1, -1], [2, 3]], F4)
+    matrix.flags.writeable = False
+
+    def run(mine, operands, workspace):
+        np.matmul(matrix, operands.value[mine].reshape(2, 2), out=operands.output[mine].reshape(2, 2))
+
+    tapes, workspace = tape.Tapes(Schedule(run)), Workspace(256, F4)
+    for _ in range(4):
+        operands = operands_of(rng)
+        operands.value.flags.writeable = False
+        tapes.run(0, operands, workspace)
+        assert same_bits(operands.output[:4], (matrix @ operands.value[:4].reshape(2, 2)).reshape(4))
+    assert tapes._recordings[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "want"),
+    [
+        (np.add, [(2, 3, 4)] * 3, [(24,)] * 3),
+        (np.copyto, [(2, 1, 4)] * 2, [(8,)] * 2),
+        (np.subtract, [(2, 3, 4), (2, 3, 4), (2, 3, 5)], [(6, 4)] * 3),
+        (np.multiply, [(2, 3, 4), (1, 1, 1), (2, 3, 4)], [(24,), (1,), (24,)]),
+        (np.add, [(2, 4), (4,), (2, 4)], [(2, 4), (4,), (2, 4)]),
+        (np.matmul, [(2, 3, 1, 4, 5), (2, 3, 1, 5, 4), (2, 3, 1, 4, 4)], [(6, 4, 5), (6, 5, 4), (6, 4, 4)]),
+        (np.matmul, [(2, 3, 4, 5), (2, 1, 5, 4), (2, 3, 4, 4)], [(2, 3, 4, 5), (2, 1, 5, 4), (2, 3, 4, 4)]),
+        (np.hypot, [(2, 3)] * 3, [(2, 3)] * 3),
+    ],
+)
+def test_arrays_get_as_few_axes_as_possible(function, shapes, want):
+    """Those along which all go on evenly are one; the last two of a product stay, and so does what is spread."""
+    places = []
+    for number, shape in enumerate(shapes):
+        # One of the arrays may be a part of a larger one.
+        whole = np.empty(shape, F4)
+        shape = min(shape, shapes[0]) if len(shape) == len(shapes[0]) and function is np.subtract else shape
+        places.append(steps.Place(number, 0, shape, F4, whole.strides))
+    found = steps._coalesced(steps.Step(function, places))
+    assert [place.shape for place in found.arguments] == want
+    for before, after in zip(places, found.arguments, strict=True):
+        memory = np.arange(1000, dtype=F4)
+        a, b = (np.ndarray(p.shape, p.dtype, memory, p.offset, p.strides) for p in (before, after))
+        assert np.array_equal(a.reshape(-1), b.reshape(-1))
 
 
 def test_operands_that_share_memory_are_not_recorded(counts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gemmconv.lowerings.base import ALIGNMENT, Array, NotFiniteError
-from gemmconv.lowerings.tape import step
+from gemmconv.lowerings.recorder import step
 from gemmconv.problem import Problem
 
 # Bytes of a run that NumPy copies faster as one item.
