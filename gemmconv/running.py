@@ -13,7 +13,8 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
@@ -77,16 +78,20 @@ class Packing:
                 second, self._looked_at = merged(second, problem.groups, problem.groups // of.groups), True
         self._second = second
         self._values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
+        self.parts = 0
+        self._left: Iterator[int] = iter(())
         self._done = itertools.count(1)
-        self._ready = _thread.allocate_lock()  # held until all parts have ended
+        self._ready = _thread.allocate_lock()  # held until all parts are done, or one has failed
         self._failed = False
 
-    def parts(self, workers: int) -> int:
-        """Return in how many parts so many workers do it as they begin; 0 where it has to be done before."""
+    def share(self, workers: int) -> bool:
+        """Leave it to so many workers, to be done in parts as they begin; False where it has to be done before."""
         if workers == 1 or not self._values.size or self._looked_at or not _packs_in_parts(type(self._schedule)):
-            return 0
+            return False
+        self.parts = workers if self._values.nbytes >= _LARGE_FILTER else 1
+        self._left = iter(range(self.parts))  # next() is atomic
         self._ready.acquire()
-        return workers if self._values.nbytes >= _LARGE_FILTER else 1
+        return True
 
     def do(self, part: int, parts: int) -> None:
         """Do one of so many parts."""
@@ -100,19 +105,21 @@ class Packing:
                 else:
                     self._schedule.pack(filter, to)
 
-    def do_among(self, part: int, parts: int) -> None:
-        """Do one of so many parts, for others that wait for all."""
+    def join(self) -> bool:
+        """Do the parts that nobody has begun, wait for the others, and return whether all are done.
+
+        Whoever fails lets the others go on, which must do nothing then.
+        """
         try:
-            self.do(part, parts)
+            for part in self._left:
+                self.do(part, self.parts)
+                if next(self._done) == self.parts:
+                    self._ready.release()
         except BaseException:
             self._failed = True
-            raise
-        finally:  # no one waits before all parts are somebody's
-            if next(self._done) == parts:
+            with suppress(RuntimeError):  # another one has failed before
                 self._ready.release()
-
-    def wait(self) -> bool:
-        """Return whether all parts are done when they have ended: one may have failed."""
+            raise
         with self._ready:
             return not self._failed
 
@@ -223,18 +230,19 @@ def run(
     """
     looking = profile.current()
     pack_s = time.perf_counter()
-    packing, parts = None, 0
+    shared: Packing | None = None
     if packed is None:
         packing = Packing(schedule, problem, second)
-        parts = packing.parts(workers)
-        if parts == 0:
+        if packing.share(workers):
+            shared = packing
+        else:
             packing.do(0, 1)
         packed = packing.packed()
     adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
     if not packed.usable or (adds_zeros and not is_finite(first)):
         if excerpt is not None:
             raise NotFiniteError
-        schedule, needed, parts = _complete(problem, machine), None, 0
+        schedule, needed, shared = _complete(problem, machine), None, None
         packed = pack(schedule, problem, second)
     pack_s = time.perf_counter() - pack_s
     # What a plan needs is known, and others are not run again; windows differ from call to call.
@@ -269,16 +277,14 @@ def run(
 
     def task(index: int, slot: int) -> None:
         clock = clocks[slot]
-        if packing and index >= parts > 0 and not packing.wait():
-            return
         if clock:
             clock.start()
-        if packing and index < parts:
-            packing.do_among(index, parts)
+        if shared:
+            if not shared.join():
+                return
             if clock:
                 clock("pack")
-            return
-        block, group = divmod(blocks[index - parts], groups)  # groups next to each other share cache lines and pages
+        block, group = divmod(blocks[index], groups)  # groups next to each other share cache lines and pages
         run_block(block, shares[block // of_share][group], workspaces[slot])
         if progress is not None:
             progress(next(done), count)
@@ -288,7 +294,7 @@ def run(
     run_s = time.perf_counter()
     finite = True
     try:
-        threads.run(task, parts + count, len(workspaces), limit_blas=needed.limit_blas)
+        threads.run(task, count, len(workspaces), limit_blas=needed.limit_blas)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
         finite = False
     run_s = time.perf_counter() - run_s

@@ -6,6 +6,7 @@ Whole numbers have one result in any order of summation, and minimal filtering c
 import dataclasses
 import itertools
 import math
+import threading
 import time
 
 import numpy as np
@@ -15,7 +16,7 @@ from oracle import integers, rounded, same_bits
 from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F401  the first is a fixture
 from test_relation import LAYOUTS, ONE, operands, run
 
-from gemmconv import running
+from gemmconv import running, threads
 from gemmconv.lowerings import base, by_taps, filtered, filtered_conv, minimal, products
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.machine import Machine
@@ -263,6 +264,34 @@ def test_a_filter_that_cannot_be_packed_leaves_out_as_it_was(monkeypatch, large)
         plan(np.ones((1, 16, 16, 16, 32), np.float32), np.ones((3, 3, 3, 32, 32), np.float32), out=out)
     assert parts == ({(0, 2), (1, 2)} if large == 0 else {(0, 1)})
     assert (out == 7).all()
+
+
+def test_a_worker_that_fails_before_it_packs_lets_the_other_go_on(monkeypatch):
+    axes = tuple(Axis(16, 16, 3, 1, 1, 1) for _ in range(3))
+    problem = Problem("conv3d_transpose", 1, 32, 32, axes, np.dtype(np.float32), "NDHWC")
+    plan = plan_of(problem, next(s for s in filtered.candidates(problem, MACHINE) if s.count > 2))
+    first, second = np.ones((1, 16, 16, 16, 32), np.float32), np.ones((3, 3, 3, 32, 32), np.float32)
+    plan(first, second)  # BLAS has been looked for
+    context, failed, ended = threads._context, [], []
+
+    class FailsOnce:
+        def copy(self):
+            if not failed:
+                failed.append(True)
+                time.sleep(0.02)
+                raise ZeroDivisionError
+            return context.copy()
+
+    def call():
+        with pytest.raises(ZeroDivisionError):
+            plan(first, second)
+        ended.append(True)
+
+    monkeypatch.setattr(threads, "_context", FailsOnce())
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(20)
+    assert ended
 
 
 @pytest.mark.parametrize("along", [1, 2])

@@ -114,16 +114,20 @@ def combine_sums(z: Sequence[Array]) -> None:
         z[1] += z[3]
 
 
-@lru_cache(maxsize=64)
 def sums_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
     """Return the matrix that combines the sums of points [point, point] to results, and adds one row more to each.
 
     It holds 0, 1 and -1 only: products with it round no other than `combine_sums`.
     """
+    return _sums_matrix((first.results, first.points), (second.results, second.points), dtype)
+
+
+@lru_cache(maxsize=64)
+def _sums_matrix(first: tuple[int, int], second: tuple[int, int], dtype: np.dtype[Any]) -> Array:
     along = []
-    for line in (first, second):
-        of_line = np.eye(line.results, line.points, dtype=dtype)
-        of_line[:, line.results :] = np.array([[1, 1], [-1, 1]])[: line.results, : line.points - line.results]
+    for n, points in (first, second):
+        of_line = np.eye(n, points, dtype=dtype)
+        of_line[:, n:] = np.array([[1, 1], [-1, 1]])[:n, : points - n]
         along.append(of_line)
     both = np.kron(*along)
     found: Array = np.concatenate([both, np.ones((len(both), 1), dtype)], axis=1)
@@ -131,10 +135,14 @@ def sums_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
     return found
 
 
-@lru_cache(maxsize=256)
 def taps_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
     """Return the matrix that combines the taps [tap, tap] of two lines, in the order of their rows, to filters."""
-    found: Array = np.kron(*(np.array(_COMBINED[len(line.taps)], dtype) for line in (first, second)))
+    return _taps_matrix(len(first.taps), len(second.taps), dtype)
+
+
+@lru_cache(maxsize=64)
+def _taps_matrix(first: int, second: int, dtype: np.dtype[Any]) -> Array:
+    found: Array = np.kron(*(np.array(_COMBINED[taps], dtype) for taps in (first, second)))
     found.flags.writeable = False
     return found
 

@@ -20,7 +20,7 @@ from gemmconv.lowerings.base import Operands, Schedule, Workspace, address
 from gemmconv.lowerings.recorder import CannotRecordError, Recorder, Recording, bounds_of
 from gemmconv.lowerings.steps import Place, Step, Tape, located
 
-# The most steps of a schedule that are kept, of about 1 KB each, and of all schedules in a workspace; and of how many
+# The most steps of a schedule that are kept, of about 2 KB each, and of all schedules in a workspace; and of how many
 # blocks it is known whether they are like others.
 MOST_STEPS = 4096
 _MOST_BOUND = 1 << 14
