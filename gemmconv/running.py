@@ -78,7 +78,7 @@ class Packing:
                 second, self._looked_at = merged(second, problem.groups, problem.groups // of.groups), True
         self._second = second
         self._values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
-        self.parts = 0
+        self._parts = 0
         self._left: Iterator[int] = iter(())
         self._done = itertools.count(1)
         self._ready = _thread.allocate_lock()  # held until all parts are done, or one has failed
@@ -88,8 +88,8 @@ class Packing:
         """Leave it to so many workers, to be done in parts as they begin; False where it has to be done before."""
         if workers == 1 or not self._values.size or self._looked_at or not _packs_in_parts(type(self._schedule)):
             return False
-        self.parts = workers if self._values.nbytes >= _LARGE_FILTER else 1
-        self._left = iter(range(self.parts))  # next() is atomic
+        self._parts = workers if self._values.nbytes >= _LARGE_FILTER else 1
+        self._left = iter(range(self._parts))  # next() is atomic
         self._ready.acquire()
         return True
 
@@ -112,8 +112,8 @@ class Packing:
         """
         try:
             for part in self._left:
-                self.do(part, self.parts)
-                if next(self._done) == self.parts:
+                self.do(part, self._parts)
+                if next(self._done) == self._parts:
                     self._ready.release()
         except BaseException:
             self._failed = True

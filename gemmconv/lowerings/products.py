@@ -62,11 +62,14 @@ def tile(m: int, n: int, k: int, item: int, columns: int = 0) -> Tile:
     if not columns:
         deepest = k if n * k * item <= _KEPT else min(k, max(_LEAST, _PANEL // (n * item)))
         columns = n if n <= _UNCUT and few * n * deepest <= most else min(n, _COLUMNS)
-    parts = -(-k // max(1, min(deepest, most // (few * columns))))
-    # Parts of the same length are formed in one step.
-    parts = next((p for p in range(parts, 2 * parts) if k % p == 0), parts)
-    depth = -(-k // parts)
+    depth = _even(k, max(1, min(deepest, most // (few * columns))))
     return Tile(rows_each(m, max(2, most // (columns * depth)), columns, n * depth), columns, depth)
+
+
+def _even(size: int, most: int) -> int:
+    """Return the length of parts of at most so many; of equal ones, which are formed in one step, if few more do."""
+    parts = -(-size // most)
+    return -(-size // next((p for p in range(parts, 2 * parts) if size % p == 0), parts))
 
 
 @lru_cache(maxsize=4096)
@@ -216,9 +219,7 @@ def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
 def multiply_few(a: Array, b: Array, out: Array) -> None:
     """Form the product of a small matrix a [m, k] and b [k, ..., n] in out [m, ..., n]; m and n are not 1."""
     n = b.shape[-1]
-    parts = -(-n // (_most() // a.size))
-    each = n // next((p for p in range(parts, 2 * parts) if n % p == 0), parts)
-    for start, stop, many in alike(n, each):
+    for start, stop, many in alike(n, _even(n, _most() // a.size)):
         right, to = (array[..., start:stop].reshape(*array.shape[:-1], many, -1) for array in (b, out))
         np.matmul(a, np.moveaxis(right, 0, -2), out=np.moveaxis(to, 0, -2))
 
