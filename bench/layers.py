@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -244,11 +245,42 @@ def extremes() -> list[Layer]:
     ]
 
 
+# What layers are drawn from: kernels and strides of decoders, channels, and limits of FLOPs and of an output's values.
+KINDS: tuple[tuple[Sizes, Sizes], ...] = (
+    ((2, 2, 2), (2, 2, 2)), ((4, 4, 4), (2, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((3, 3, 3), (1, 1, 1)),
+    ((1, 2, 2), (1, 2, 2)), ((1, 3, 3), (1, 2, 2)), ((1, 4, 4), (1, 2, 2)), ((3, 3, 3), (1, 2, 2)),
+    ((5, 5, 5), (2, 2, 2)), ((6, 4, 4), (2, 2, 2)), ((3, 1, 1), (1, 1, 1)), ((1, 3, 3), (1, 1, 1)),
+    ((4, 4, 4), (4, 4, 4)),
+)  # fmt: skip
+DRAWN, DRAWN_FROM = 24, 20_261_128
+CHANNELS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512)
+DRAWN_FLOPS, DRAWN_OUTPUT = (50_000_000, 5_000_000_000), 10_000_000
+
+
+def drawn() -> list[Layer]:
+    """Layers that nobody chose, the same each time: what a plan takes that was made with the models in view."""
+    found: list[Layer] = []
+    draw = random.Random(DRAWN_FROM)
+    while len(found) < DRAWN:
+        kernel, strides = map(list, draw.choice(KINDS))
+        batch, cin, cout = draw.choice((1, 1, 1, 2, 4)), draw.choice(CHANNELS), draw.choice((1, 3, *CHANNELS))
+        height = draw.randint(4, 36)
+        sizes = [draw.choice((2, 4, 5, 7, 8, 10, 12, 16, 20, 24, 32)), height, height + draw.choice((0, 0, 1, 4))]
+        dilations = 2 if max(strides) == 1 and draw.random() < 0.25 else 1
+        padding, name = draw.choice(("SAME", "SAME", "VALID")), f"drawn_{len(found)}"
+        layer = make(name, batch, sizes, cin, cout, kernel, strides, dilations, padding=padding, source="drawn")
+        values = batch * cout * math.prod(layer.output)
+        if DRAWN_FLOPS[0] <= layer.flops() <= DRAWN_FLOPS[1] and values <= DRAWN_OUTPUT:
+            found.append(layer)
+    return found
+
+
 SUITES: dict[str, Callable[[], list[Layer]]] = {
     "models": partial(from_file, "layers"),
     "planes": partial(from_file, "planes"),
     "groups": partial(from_file, "groups"),
     "sweep": sweep,
+    "drawn": drawn,
     "tiny": tiny,
     "extremes": extremes,
 }

@@ -154,6 +154,18 @@ def test_sweep_changes_one_size_at_a_time():
         assert sorted(size for layer in found for name, size in layer.sweep if name == axis) == sorted(sizes)
 
 
+def test_drawn_layers_are_within_their_limits():
+    """The same each time, of more than one kind each."""
+    found = layers.drawn()
+    assert found == layers.drawn()
+    assert len({layer.name for layer in found}) == layers.DRAWN
+    low, high = layers.DRAWN_FLOPS
+    assert all(low <= layer.flops() <= high for layer in found)
+    assert all(layer.batch * layer.cout * math.prod(layer.output) <= layers.DRAWN_OUTPUT for layer in found)
+    for of in ("batch", "cin", "cout", "kernel", "strides", "dilations", "padding"):
+        assert len({getattr(layer, of) for layer in found}) > 1
+
+
 def series(rng, center, noise, launches=(0, 0, 0, 1, 1, 1, 2, 2, 2), placement=0.0):
     """Visits with noise of their own, and of their launch."""
     shifts = rng.normal(0, placement, max(launches) + 1)
