@@ -269,8 +269,8 @@ def drawn() -> list[Layer]:
         dilations = 2 if max(strides) == 1 and draw.random() < 0.25 else 1
         padding, name = draw.choice(("SAME", "SAME", "VALID")), f"drawn_{len(found)}"
         layer = make(name, batch, sizes, cin, cout, kernel, strides, dilations, padding=padding, source="drawn")
-        values = batch * cout * math.prod(layer.output)
-        if DRAWN_FLOPS[0] <= layer.flops() <= DRAWN_FLOPS[1] and values <= DRAWN_OUTPUT:
+        small = math.prod(layer.result_shape()) <= DRAWN_OUTPUT
+        if small and DRAWN_FLOPS[0] <= layer.flops() <= DRAWN_FLOPS[1]:
             found.append(layer)
     return found
 

@@ -92,9 +92,7 @@ def every(steps: Iterable[Step]) -> Iterator[Step]:
 def moved(one: Step, first: Sequence[int]) -> Step:
     """Return a step whose offsets count from some bytes of the first memories on."""
     arguments = [
-        Place(a.memory, a.offset - first[a.memory], a.shape, a.dtype, a.strides)
-        if isinstance(a, Place) and a.memory < len(first)
-        else a
+        a._replace(offset=a.offset - first[a.memory]) if isinstance(a, Place) and a.memory < len(first) else a
         for a in one.arguments
     ]
     return Step(one.function, arguments, None if one.inside is None else [moved(of, first) for of in one.inside])
