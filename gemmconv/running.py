@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -61,7 +61,7 @@ class Packed(NamedTuple):
 def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
     """Bring a filter into the order that a schedule wants; the coarse operand of a gradient stays as it is."""
     packing = Packing(schedule, problem, second)
-    packing.do(0, 1)
+    packing.do()
     return packing.packed()
 
 
@@ -86,33 +86,33 @@ class Packing:
 
     def share(self, workers: int) -> bool:
         """Leave it to so many workers, to be done in parts as they begin; False where it has to be done before."""
-        if workers == 1 or not self._values.size or self._looked_at or not _packs_in_parts(type(self._schedule)):
+        if not self._values.size or self._looked_at or not _packs_in_parts(type(self._schedule)):
             return False
         self._parts = workers if self._values.nbytes >= _LARGE_FILTER else 1
         self._left = iter(range(self._parts))  # next() is atomic
         self._ready.acquire()
         return True
 
-    def do(self, part: int, parts: int) -> None:
+    def do(self, part: int = 0, parts: int = 1, workspace: Workspace | None = None) -> None:
         """Do one of so many parts."""
         if not self._values.size:
             return
         with np.errstate(all="ignore"):
             for group, to in enumerate(self._values):
                 filter = of_group(self._schedule.problem, "filter", self._second, group)
-                if parts > 1:
-                    cast(PackedInParts, self._schedule).pack_part(filter, to, part, parts)
-                else:
+                if workspace is None:
                     self._schedule.pack(filter, to)
+                else:
+                    cast(PackedInParts, self._schedule).pack_part(filter, to, part, parts, workspace)
 
-    def join(self) -> bool:
+    def join(self, does: Callable[[int, int], None]) -> bool:
         """Do the parts that nobody has begun, wait for the others, and return whether all are done.
 
-        Whoever fails lets the others go on, which must do nothing then.
+        `does` packs one of so many parts. Whoever fails lets the others go on, which must do nothing then.
         """
         try:
             for part in self._left:
-                self.do(part, self._parts)
+                does(part, self._parts)
                 if next(self._done) == self._parts:
                     self._ready.release()
         except BaseException:
@@ -236,7 +236,7 @@ def run(
         if packing.share(workers):
             shared = packing
         else:
-            packing.do(0, 1)
+            packing.do()
         packed = packing.packed()
     adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
     if not packed.usable or (adds_zeros and not is_finite(first)):
@@ -275,12 +275,19 @@ def run(
     run_block = needed.tapes.run if again else needed.tapes.run_once
     done = itertools.count(1)
 
+    def pack_part(packing: Packing, part: int, parts: int, slot: int) -> None:
+        if again:
+            for operands in shares[0]:
+                needed.tapes.pack(part, parts, operands, workspaces[slot])
+        else:
+            packing.do(part, parts, workspaces[slot])
+
     def task(index: int, slot: int) -> None:
         clock = clocks[slot]
         if clock:
             clock.start()
         if shared:
-            if not shared.join():
+            if not shared.join(partial(pack_part, shared, slot=slot)):
                 return
             if clock:
                 clock("pack")

@@ -1,4 +1,4 @@
-"""Some blocks of a fifth of all problems are recorded too, and played back elsewhere: see `tape_checked`."""
+"""Packing and some blocks of a fifth of all problems are recorded too, and played back elsewhere: `tape_checked`."""
 
 from zlib import crc32
 
@@ -8,7 +8,7 @@ import pytest
 from gemmconv.lowerings import Operands, Workspace, recorder, tape
 
 SENTINEL = 0xA5
-AS_IT_IS = tape.Tapes.run
+AS_IT_IS = tape.Tapes._do
 
 
 def moved(array: np.ndarray, *, empty: bool = False) -> np.ndarray:
@@ -30,24 +30,25 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def tape_checked(monkeypatch):
-    """Have two blocks recorded, and played with operands and a workspace that lie elsewhere, to the same bits."""
+    """Have packing and two blocks recorded, and played with all they take lying elsewhere, to the same bits."""
 
-    def run(self, block, operands, workspace):
-        count = self._schedule.count
-        if block not in {count // 3, count - 1} or crc32(repr(self._schedule.problem).encode()) % 5:
-            AS_IT_IS(self, block, operands, workspace)
+    def do(self, key, does, operands, workspace):
+        count, packs = self._schedule.count, isinstance(key, tuple)
+        block = key if packs or key >= 0 else ~key
+        if not (packs or block in {count // 3, count - 1}) or crc32(repr(self._schedule.problem).encode()) % 5:
+            AS_IT_IS(self, key, does, operands, workspace)
             return
         workspace.begin(operands)
-        first = operands._replace(output=moved(operands.output, empty=True))
+        to = "packed" if packs else "output"
+        first = operands._replace(**{to: moved(getattr(operands, to), empty=True)})
         recording = recorder.Recorder(workspace, first, most=1 << 30)
-        self._schedule.run(block, recording.operands, recording)
-        written = (bits(first.output) != SENTINEL).any(axis=-1)
-        np.copyto(operands.output, first.output, where=written)
-        value, filter, packed = (moved(array) for array in (operands.value, operands.filter, operands.packed))
+        does(recording.operands, recording)
+        written = (bits(getattr(first, to)) != SENTINEL).any(axis=-1)
+        np.copyto(getattr(operands, to), getattr(first, to), where=written)
+        value, filter, output, packed = (moved(array, empty=array is getattr(operands, to)) for array in operands[:4])
         second = Operands(
-            value, filter, moved(operands.output, empty=True), packed, operands.steps,
-            None if operands.bias is None else moved(operands.bias),
-        )  # fmt: skip
+            value, filter, output, packed, operands.steps, None if operands.bias is None else moved(operands.bias)
+        )
         other = Workspace(workspace.size, workspace.gemm.dtype)
         other._memory[:] = SENTINEL
         other.begin(second)
@@ -58,7 +59,8 @@ def tape_checked(monkeypatch):
             made[:] = SENTINEL
         assert played.tape.strides == other.strides
         tape.play(played, other)
-        assert np.array_equal(bits(first.output), bits(second.output)), "a tape gives other bits than its block"
+        found, want = (bits(getattr(of, to)) for of in (second, first))
+        assert np.array_equal(found, want), "a tape gives other bits than its block"
 
-    monkeypatch.setattr(tape.Tapes, "run", run)
+    monkeypatch.setattr(tape.Tapes, "_do", do)
     return AS_IT_IS

@@ -17,7 +17,7 @@ from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F
 from test_relation import LAYOUTS, ONE, operands, run
 
 from gemmconv import running, threads
-from gemmconv.lowerings import base, by_taps, filtered, filtered_conv, minimal, products
+from gemmconv.lowerings import base, by_taps, filtered, filtered_conv, minimal, products, tape
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
@@ -203,13 +203,14 @@ def test_a_filter_is_packed_in_parts(operation, monkeypatch):
         filter = rng.standard_normal(problem.filter_shape, np.float32)
         for schedule in found[::11]:
             whole = np.full(schedule.packed_values, np.nan, np.float32)
+            workspace = Workspace(schedule.workspace_bytes, whole.dtype)
             schedule.pack(filter, whole)
             assert not np.isnan(whole).any()
             for parts in (2, 3, 5):
                 together, times = np.full_like(whole, np.nan), np.zeros(whole.shape, int)
                 for part in rng.permutation(parts):
                     alone = np.full_like(whole, np.nan)
-                    schedule.pack_part(filter, alone, int(part), parts)
+                    schedule.pack_part(filter, alone, int(part), parts, workspace)
                     times += ~np.isnan(alone)
                     together = np.where(np.isnan(alone), together, alone)
                 assert (times == 1).all()
@@ -251,7 +252,7 @@ def test_a_filter_that_cannot_be_packed_leaves_out_as_it_was(monkeypatch, large)
     plan, parts = plan_of(problem, schedule), set()
     assert plan.used_workers == 2
 
-    def fails(self, filter, packed, part, of):
+    def fails(self, filter, packed, part, of, workspace):
         parts.add((part, of))
         packed[...] = 0
         time.sleep(0.05)
@@ -264,6 +265,31 @@ def test_a_filter_that_cannot_be_packed_leaves_out_as_it_was(monkeypatch, large)
         plan(np.ones((1, 16, 16, 16, 32), np.float32), np.ones((3, 3, 3, 32, 32), np.float32), out=out)
     assert parts == ({(0, 2), (1, 2)} if large == 0 else {(0, 1)})
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("large", [0, 1 << 30])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("operation", MODULES)
+def test_packing_is_recorded_and_played_with_other_filters(operation, workers, large, tape_checked, monkeypatch):
+    """By one worker, or in as many parts as there are workers, each by whoever comes first."""
+    rng, packed = np.random.default_rng(6), []
+    axes = tuple(Axis(8, 8, 3, 1, 1, 1) for _ in range(3))
+    problem = Problem(operation, 1, 32, 32, axes, np.dtype(np.float32), "NDHWC")
+    schedule = next(s for s in MODULES[operation].candidates(problem, MACHINE) if s.count > 1)
+    plan, pack_part = plan_of(problem, schedule, workers), type(schedule).pack_part
+
+    def counted(self, filter, to, part, parts, workspace):
+        packed.append((part, parts))
+        pack_part(self, filter, to, part, parts, workspace)
+
+    monkeypatch.setattr(tape.Tapes, "_do", tape_checked)
+    monkeypatch.setattr(running, "_LARGE_FILTER", large)
+    monkeypatch.setattr(type(schedule), "pack_part", counted)
+    for _ in range(6):
+        first, second, _ = operands(rng, problem, largest=2, biased=False)
+        assert same_bits(run(plan, first, second), relation.result(problem, first, second).astype("f4"))
+    parts = workers if large == 0 else 1
+    assert sorted(packed) == [(part, parts) for part in range(parts) for _ in range(2)]
 
 
 def test_a_worker_that_fails_before_it_packs_lets_the_other_go_on(monkeypatch):

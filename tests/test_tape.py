@@ -25,7 +25,7 @@ STEPS = ((0, 0, 0, 0, 1),) * 3
 @pytest.fixture(autouse=True)
 def as_it_is(tape_checked, monkeypatch):
     """Undo what is done to all other tests."""
-    monkeypatch.setattr(tape.Tapes, "run", tape_checked)
+    monkeypatch.setattr(tape.Tapes, "_do", tape_checked)
     gemmconv.clear_cache()
 
 

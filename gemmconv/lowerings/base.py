@@ -200,8 +200,8 @@ class Schedule(Protocol):
 class PackedInParts(Protocol):
     """A schedule whose filter several workers can pack at once."""
 
-    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
-        """Do one of so many parts of what `pack` does."""
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
+        """Do one of so many parts of what `pack` does, with a workspace that no block uses meanwhile."""
 
 
 @runtime_checkable

@@ -157,7 +157,7 @@ class Filtered(Tiling):
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
         shapes = self._shapes([cut.longest for cut in self.cuts], [_most(lines) for lines in self.lines])
-        return sum(aligned(math.prod(shape) * item) for shape in shapes)
+        return max(self._packing_bytes, sum(aligned(math.prod(shape) * item) for shape in shapes))
 
     def _shapes(self, sizes: Sequence[float], points: Sequence[int]) -> Any:
         """Return the shapes of cells, of rows combined along one axis and both, of memory for sums, and of sums.
@@ -227,7 +227,7 @@ class Filtered(Tiling):
         packing = filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
         return self.count * total + packing_s(problem, packing)
 
-    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Turn taps to tiles, and combine them along both axes; a part is some of the input channels."""
         problem, arrays = self.problem, self._packed(packed)
         tiles, cin = problem.cout // self.columns, problem.cin
@@ -238,7 +238,8 @@ class Filtered(Tiling):
             for lines, to in zip(product(*self.lines), arrays, strict=True):
                 along_a, along_b = (evenly(line.taps) for line in lines)
                 mine, of_points = taps[of_u, :, along_a, along_b, :, :, rows], to[:, :, of_u, :, :, np.newaxis, rows]
-                pack_lines(lines, [mine], of_points, turns=True)
+                workspace.reset()
+                pack_lines(lines, [mine], of_points, workspace, turns=True)
 
     def _packed(self, packed: Array) -> list[Array]:
         """Return the packed filter of each combination of lines: [point, point, tap, tap, tile, cin, column]."""

@@ -151,7 +151,7 @@ class FilteredConv(Tiling):
     def workspace_bytes(self) -> int:
         sizes = [cut.longest for cut in self.cuts]
         values = self._memory([self._shapes(family, sizes) for family in self.families], self._sums(sizes))
-        return sum(aligned(n * self.problem.compute_dtype.itemsize) for n in values)
+        return max(self._packing_bytes, sum(aligned(n * self.problem.compute_dtype.itemsize) for n in values))
 
     def _memory(self, shapes: Any, sums: Any) -> list[int]:
         """Return the values of memory for cells and products that are added, rows of one axis, of both, box and sums.
@@ -244,7 +244,7 @@ class FilteredConv(Tiling):
         packing = packing_s(problem, copy_s(4 * self.packed_values, problem.cin, spilled=True))
         return self.count * (total + steps * STEP_S) + packing
 
-    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Combine taps along both filtered axes; a part is some of the rows."""
         problem, arrays = self.problem, self._packed(packed)
         tiles, cout = problem.cin // self.columns, problem.cout
@@ -255,7 +255,8 @@ class FilteredConv(Tiling):
                 of_phases = ([evenly(line.taps) for line in lines] for lines in product(*family))
                 phases_of = [taps[u, v, a, b, :, rows] for u, v, a, b in of_phases]
                 of_points = to.reshape(*to.shape[:5], family.size, cout, self.columns)[..., rows, :]
-                pack_lines((family.a[0], family.b[0]), phases_of, of_points, turns=False)
+                workspace.reset()
+                pack_lines((family.a[0], family.b[0]), phases_of, of_points, workspace, turns=False)
 
     def _packed(self, packed: Array) -> list[Array]:
         """Return the packed filter of each family: [point, point, tap, tap, tile, phase and cout, column]."""

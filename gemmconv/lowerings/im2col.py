@@ -182,15 +182,17 @@ class Im2Col:
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Widen the filter, or copy it to tiles."""
-        self.pack_part(filter, packed, 0, 1)
+        self._pack(filter, packed, slice(None))
 
-    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Do one of so many parts of that."""
         lines = self._lines
-        mine = slice(lines * part // parts, lines * (part + 1) // parts)
+        self._pack(filter, packed, slice(lines * part // parts, lines * (part + 1) // parts))
+
+    def _pack(self, filter: Array, packed: Array, lines: slice) -> None:
         columns = self.tiles or self.problem.cin
-        to = packed.reshape(-1, lines, columns)[:, mine]
-        np.copyto(to, filter.reshape(lines, -1, columns)[mine].swapaxes(0, 1), casting="unsafe")
+        to = packed.reshape(-1, self._lines, columns)[:, lines]
+        np.copyto(to, filter.reshape(self._lines, -1, columns)[lines].swapaxes(0, 1), casting="unsafe")
 
     @property
     def reason(self) -> str:

@@ -76,9 +76,9 @@ class InPlace(AsItLies):
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Turn the filter."""
-        self.pack_part(filter, packed, 0, 1)
+        turn(filter, packed, self.columns, 0, 1)
 
-    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Turn some tiles of the filter."""
         turn(filter, packed, self.columns, part, parts)
 

@@ -10,13 +10,14 @@ nothing of this.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from gemmconv.blas import Integers, memory_at
-from gemmconv.lowerings.base import Operands, Schedule, Workspace, address
+from gemmconv.lowerings.base import Operands, PackedInParts, Schedule, Workspace, address
 from gemmconv.lowerings.recorder import CannotRecordError, Recorder, Recording, bounds_of
 from gemmconv.lowerings.steps import Place, Step, Tape, located
 
@@ -29,6 +30,7 @@ _MOST_BLOCKS = 1 << 14
 STEPS_A_CALL = 256
 
 Call = tuple[Callable[..., Any], list[Any]]
+Does = Callable[[Operands, Workspace], None]
 
 
 class Tapes:
@@ -36,7 +38,7 @@ class Tapes:
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._recordings: dict[int, Recording | None] = {}
+        self._recordings: dict[Hashable, Recording | None] = {}
         self._tapes: dict[Hashable, Tape] = {}
         self._left = MOST_STEPS
         self._now = STEPS_A_CALL
@@ -48,24 +50,35 @@ class Tapes:
     def run(self, block: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of the output."""
         key = block if operands.bias is None else ~block
+        self._do(key, partial(self._schedule.run, block), operands, workspace)
+
+    def pack(self, part: int, parts: int, operands: Operands, workspace: Workspace) -> None:
+        """Pack one of so many parts of the filter."""
+        key = part, parts, operands.bias is None
+        self._do(key, partial(self._pack, part, parts), operands, workspace)
+
+    def _pack(self, part: int, parts: int, operands: Operands, workspace: Workspace) -> None:
+        cast(PackedInParts, self._schedule).pack_part(operands.filter, operands.packed, part, parts, workspace)
+
+    def _do(self, key: Hashable, does: Does, operands: Operands, workspace: Workspace) -> None:
         found = self._recordings.get(key)
         workspace.begin(operands)
         if found is not None and found.tape.strides == workspace.strides:
             play(found, workspace)
         elif found is None and key in self._recordings and min(self._left, self._now) > 0 and _lie_apart(operands):
-            self._record(key, block, operands, workspace)
+            self._record(key, does, operands, workspace)
         else:
-            self._schedule.run(block, operands, workspace)
+            does(operands, workspace)
             if self._left > 0 and len(self._recordings) < _MOST_BLOCKS:
                 self._recordings.setdefault(key, None)
 
-    def _record(self, key: int, block: int, operands: Operands, workspace: Workspace) -> None:
+    def _record(self, key: Hashable, does: Does, operands: Operands, workspace: Workspace) -> None:
         recorder = Recorder(workspace, operands, self._left)
         try:
-            self._schedule.run(block, recorder.operands, recorder)
+            does(recorder.operands, recorder)
         except CannotRecordError:  # tests know of no schedule that does this, but for one the call would be lost
             self._left = 0
-            self._schedule.run(block, operands, workspace)
+            does(operands, workspace)
         else:
             self._now -= len(recorder.steps)
             if recorder.left < 0:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv import results
-from gemmconv.lowerings.base import Array, Operands, canonical, five
+from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical, five
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
 from gemmconv.lowerings.copies import as_items, copy_turned, item_size, need_finite, store
 from gemmconv.lowerings.cost import pass_s
@@ -84,11 +83,17 @@ class Tiling(ABC):
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Pack the whole filter."""
-        self.pack_part(filter, packed, 0, 1)
+        self.pack_part(filter, packed, 0, 1, Workspace(self._packing_bytes, self.problem.compute_dtype))
 
     @abstractmethod
-    def pack_part(self, filter: Array, packed: Array, part: int, parts: int) -> None:
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Pack one of so many parts of the filter."""
+
+    @property
+    def _packing_bytes(self) -> int:
+        """What a workspace holds of the filter as taps are combined: the largest of its pieces."""
+        size = math.prod(self.problem.filter_shape) * self.problem.compute_dtype.itemsize
+        return aligned(min(size, _PACKED_TOGETHER))
 
     def _in_order(self, operands: Operands) -> tuple[Array, Array]:
         """Return the first operand and the result with axes in order."""
@@ -192,7 +197,7 @@ def combined(
     return found, [([source[which][tile * line.apart :][:n] for tile, which in takes], [*to])]
 
 
-def pack_lines(lines: Sequence[Line], phases: Sequence[Array], to: Array, *, turns: bool) -> None:
+def pack_lines(lines: Sequence[Line], phases: Sequence[Array], to: Array, workspace: Workspace, *, turns: bool) -> None:
     """Combine the taps of two lines to their points' filters, for phases that have as many.
 
     Each phase is [tap, tap, line's tap, line's tap, tile, row, column], `to` is [point, point, tap, tap, tile, phase,
@@ -202,7 +207,7 @@ def pack_lines(lines: Sequence[Line], phases: Sequence[Array], to: Array, *, tur
     matrix = taps_matrix(first, second, to.dtype)
     # Taps that are combined one after the other; a single one is there already.
     shape = (len(first.taps), len(second.taps), *to.shape[2:])
-    held = to if matrix.size == 1 else results.empty(shape, to.dtype)
+    held = to if matrix.size == 1 else workspace.take(*shape)
     for number, taps in enumerate(phases):
         mine = held[..., number, :, :].transpose(2, 3, 0, 1, 4, 5, 6)
         if turns:
