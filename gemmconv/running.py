@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, lru_cache, partial
-from typing import Any, NamedTuple, cast
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from gemmconv import profile, results, threads
 from gemmconv.arrays import Array, placed
 from gemmconv.blas import serial_products
 from gemmconv.lowerings import COMPLETE, NotFiniteError, Operands, Schedule, Workspace
-from gemmconv.lowerings.base import InShares, OfGroups, PackedInParts, Steps, order, steps_of
+from gemmconv.lowerings.base import InShares, OfGroups, Steps, order, pack_part, packs_in_parts, steps_of
 from gemmconv.lowerings.copies import is_finite
 from gemmconv.lowerings.tape import Tapes
 from gemmconv.machine import Machine, usable_cores
@@ -85,10 +85,11 @@ class Packing:
         self._failed = False
 
     def share(self, workers: int) -> bool:
-        """Leave it to so many workers, to be done in parts as they begin; False where it has to be done before."""
-        if not self._values.size or self._looked_at or not _packs_in_parts(type(self._schedule)):
+        """Leave it to so many workers, to be done as they begin; False where it has to be done before."""
+        if not self._values.size or self._looked_at:
             return False
-        self._parts = workers if self._values.nbytes >= _LARGE_FILTER else 1
+        in_parts = self._values.nbytes >= _LARGE_FILTER and packs_in_parts(type(self._schedule))
+        self._parts = workers if in_parts else 1
         self._left = iter(range(self._parts))  # next() is atomic
         self._ready.acquire()
         return True
@@ -103,7 +104,7 @@ class Packing:
                 if workspace is None:
                     self._schedule.pack(filter, to)
                 else:
-                    cast(PackedInParts, self._schedule).pack_part(filter, to, part, parts, workspace)
+                    pack_part(self._schedule, filter, to, part, parts, workspace)
 
     def join(self, does: Callable[[int, int], None]) -> bool:
         """Do the parts that nobody has begun, wait for the others, and return whether all are done.
@@ -128,12 +129,6 @@ class Packing:
         # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
         looked_at = self._values if self._values.size else self._second
         return Packed(self._second, self._values, not self._looked_at or is_finite(looked_at))
-
-
-@cache
-def _packs_in_parts(schedule: type) -> bool:
-    """Whether schedules of a class pack in parts; to ask a protocol takes longer than a small product."""
-    return issubclass(schedule, PackedInParts)
 
 
 def adds_groups(schedule: Schedule, problem: Problem) -> bool:
@@ -275,7 +270,7 @@ def run(
     run_block = needed.tapes.run if again else needed.tapes.run_once
     done = itertools.count(1)
 
-    def pack_part(packing: Packing, part: int, parts: int, slot: int) -> None:
+    def do_part(packing: Packing, part: int, parts: int, slot: int) -> None:
         if again:
             for operands in shares[0]:
                 needed.tapes.pack(part, parts, operands, workspaces[slot])
@@ -287,7 +282,7 @@ def run(
         if clock:
             clock.start()
         if shared:
-            if not shared.join(partial(pack_part, shared, slot=slot)):
+            if not shared.join(partial(do_part, shared, slot=slot)):
                 return
             if clock:
                 clock("pack")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -202,6 +202,20 @@ class PackedInParts(Protocol):
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Do one of so many parts of what `pack` does, with a workspace that no block uses meanwhile."""
+
+
+@cache
+def packs_in_parts(schedule: type) -> bool:
+    """Whether schedules of a class pack in parts; to ask a protocol takes longer than a small product."""
+    return issubclass(schedule, PackedInParts)
+
+
+def pack_part(schedule: Schedule, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
+    """Do one of so many parts of what a schedule's `pack` does; a single one is all of it."""
+    if packs_in_parts(type(schedule)):
+        cast(PackedInParts, schedule).pack_part(filter, packed, part, parts, workspace)
+    else:
+        schedule.pack(filter, packed)
 
 
 @runtime_checkable

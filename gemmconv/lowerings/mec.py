@@ -253,7 +253,7 @@ class Mec:
         axes = [order(self.problem.axes)[i] for i in self.taken]
         weights = weights.transpose(4, *((5, *axes, 3) if self.along[0].gathers else (3, *axes, 5)))
         if self.channels[1] < self.rows:
-            weights = np.broadcast_to(weights, (self.own_groups, self.rows, *weights.shape[2:]))
+            weights = np.broadcast_to(weights, (self.own_groups, self.rows, *weights.shape[2:]), subok=True)
         for one in self.products:
             a, b, c = (_as_slice(taps) for taps in (one.run.taps, *one.taps))
             taps = weights[:, :, a][:, :, :, b][:, :, :, :, c]

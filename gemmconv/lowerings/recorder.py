@@ -19,7 +19,7 @@ from gemmconv.lowerings.base import Array, Operands, Workspace, address
 from gemmconv.lowerings.steps import Place, Step, Tape, every, moved
 
 # What calls of NumPy return views only.
-_VIEWS = {np.moveaxis, np.expand_dims}
+_VIEWS = {np.moveaxis, np.expand_dims, np.broadcast_to}
 
 
 class CannotRecordError(TypeError):

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from gemmconv.blas import Integers, memory_at
-from gemmconv.lowerings.base import Operands, PackedInParts, Schedule, Workspace, address
+from gemmconv.lowerings.base import Operands, Schedule, Workspace, address, pack_part
 from gemmconv.lowerings.recorder import CannotRecordError, Recorder, Recording, bounds_of
 from gemmconv.lowerings.steps import Place, Step, Tape, located
 
@@ -26,6 +26,8 @@ from gemmconv.lowerings.steps import Place, Step, Tape, located
 MOST_STEPS = 4096
 _MOST_BOUND = 1 << 14
 _MOST_BLOCKS = 1 << 14
+# The most bytes that packing may make for itself beside a workspace: each worker would keep them.
+_MOST_MADE = 1 << 18
 # After so many a call records no further block, as recording a step takes longer than the step.
 STEPS_A_CALL = 256
 
@@ -42,6 +44,7 @@ class Tapes:
         self._tapes: dict[Hashable, Tape] = {}
         self._left = MOST_STEPS
         self._now = STEPS_A_CALL
+        self._plays_packing = True
 
     def begin(self) -> None:
         """Begin a call, which may record some blocks more."""
@@ -54,11 +57,14 @@ class Tapes:
 
     def pack(self, part: int, parts: int, operands: Operands, workspace: Workspace) -> None:
         """Pack one of so many parts of the filter."""
-        key = part, parts, operands.bias is None
-        self._do(key, partial(self._pack, part, parts), operands, workspace)
+        if self._plays_packing:
+            key = part, parts, operands.bias is None
+            self._do(key, partial(self._pack, part, parts), operands, workspace)
+        else:
+            self._pack(part, parts, operands, workspace)
 
     def _pack(self, part: int, parts: int, operands: Operands, workspace: Workspace) -> None:
-        cast(PackedInParts, self._schedule).pack_part(operands.filter, operands.packed, part, parts, workspace)
+        pack_part(self._schedule, operands.filter, operands.packed, part, parts, workspace)
 
     def _do(self, key: Hashable, does: Does, operands: Operands, workspace: Workspace) -> None:
         found = self._recordings.get(key)
@@ -76,15 +82,18 @@ class Tapes:
         recorder = Recorder(workspace, operands, self._left)
         try:
             does(recorder.operands, recorder)
-        except CannotRecordError:  # tests know of no schedule that does this, but for one the call would be lost
-            self._left = 0
+        except CannotRecordError:
+            self._give_up(key)
             does(operands, workspace)
         else:
             self._now -= len(recorder.steps)
             if recorder.left < 0:
-                self._left = 0
+                self._give_up(key)
                 return
             found = recorder.recording()
+            if isinstance(key, tuple) and sum(found.tape.made) > _MOST_MADE:
+                self._give_up(key)
+                return
             alike = found.tape.key
             tape = self._tapes.get(alike)
             if tape is None:
@@ -93,6 +102,13 @@ class Tapes:
             self._recordings[key] = found._replace(tape=tape)
         finally:
             recorder.close()
+
+    def _give_up(self, key: Hashable) -> None:
+        """Record no more: of packing, or of blocks, though tests know of no schedule whose blocks cannot be."""
+        if isinstance(key, tuple):
+            self._plays_packing = False
+        else:
+            self._left = 0
 
     def run_once(self, block: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of operands that do not lie as others will, and of the output."""
