@@ -85,8 +85,8 @@ class Packing:
         self._failed = False
 
     def share(self, workers: int) -> bool:
-        """Leave it to so many workers, to be done as they begin; False where it has to be done before."""
-        if not self._values.size or self._looked_at:
+        """Leave it to so many workers, to be done as they begin; False where there is nothing to do."""
+        if not self._values.size:
             return False
         in_parts = self._values.nbytes >= _LARGE_FILTER and packs_in_parts(type(self._schedule))
         self._parts = workers if in_parts else 1
@@ -115,6 +115,8 @@ class Packing:
             for part in self._left:
                 does(part, self._parts)
                 if next(self._done) == self._parts:
+                    if not self._usable():
+                        raise NotFiniteError
                     self._ready.release()
         except BaseException:
             self._failed = True
@@ -124,11 +126,13 @@ class Packing:
         with self._ready:
             return not self._failed
 
-    def packed(self) -> Packed:
-        """Return the operand, and what it is or will be packed to."""
+    def packed(self, *, later: bool = False) -> Packed:
+        """Return the operand, and what it is or, `later`, will be packed to, or else a worker raises NotFiniteError."""
+        return Packed(self._second, self._values, later or self._usable())
+
+    def _usable(self) -> bool:
         # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
-        looked_at = self._values if self._values.size else self._second
-        return Packed(self._second, self._values, not self._looked_at or is_finite(looked_at))
+        return not self._looked_at or is_finite(self._values if self._values.size else self._second)
 
 
 def adds_groups(schedule: Schedule, problem: Problem) -> bool:
@@ -228,11 +232,8 @@ def run(
     shared: Packing | None = None
     if packed is None:
         packing = Packing(schedule, problem, second)
-        if packing.share(workers):
-            shared = packing
-        else:
-            packing.do()
-        packed = packing.packed()
+        shared = packing if packing.share(workers) else None
+        packed = packing.packed(later=shared is not None)
     adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
     if not packed.usable or (adds_zeros and not is_finite(first)):
         if excerpt is not None:

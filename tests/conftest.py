@@ -42,7 +42,13 @@ def tape_checked(monkeypatch):
         to = "packed" if packs else "output"
         first = operands._replace(**{to: moved(getattr(operands, to), empty=True)})
         recording = recorder.Recorder(workspace, first, most=1 << 30)
-        does(recording.operands, recording)
+        try:
+            does(recording.operands, recording)
+        except recorder.CannotRecordError:
+            if not packs:  # taps that are not evenly apart are copied by an index
+                raise
+            AS_IT_IS(self, key, does, operands, workspace)
+            return
         written = (bits(getattr(first, to)) != SENTINEL).any(axis=-1)
         np.copyto(getattr(operands, to), getattr(first, to), where=written)
         value, filter, output, packed = (moved(array, empty=array is getattr(operands, to)) for array in operands[:4])
