@@ -105,11 +105,13 @@ def _checked(workers: SupportsIndex, function: str, rule: str) -> int:
 
 
 def run(task: Task, count: int, workers: int, *, limit_blas: bool = True) -> None:
-    """Call `task(index, slot)` once for every index in range(count), handed out in order to up to `workers` threads.
+    """Call `task(index, slot)` once for every index in range(count), by up to `workers` threads.
 
     A task runs in a context of its own in which NumPy ignores floating point errors. Tasks that are at work at the same
-    time have different slots, from 0 to workers - 1. With `limit_blas` every loaded BLAS is held to one thread until
-    the call ends; without it a single worker is the calling thread.
+    time have different slots, from 0 to workers - 1. Each slot has a share of the indices, one after the other; who has
+    done with a share goes on with the end of the longest one. A slot is the same thread's from call to call, and so is
+    its share, as far as possible: what it has written is in its own CPU's cache. With `limit_blas` every loaded BLAS is
+    held to one thread until the call ends; without it a single worker is the calling thread.
 
     The first exception of a task, or of the wait (an interrupt), stops the handing out of indices; it is raised when
     every task has ended and every setting is restored. RuntimeError: a task called this.
@@ -317,12 +319,13 @@ class _BlasPool:
 
 
 class _Call:
-    """One call of `run`: what its workers share. A token (call, slot) lets one pool thread at a time work in a slot."""
+    """One call of `run`: what its workers share. A token (call, number) lets one pool thread at a time work."""
 
     def __init__(self, task: Task, count: int, workers: int, *, limited: bool = True, tolerant: bool = False) -> None:
         self.task = task
-        self.indices = iter(range(count))  # next() is atomic
         self.workers = min(workers, _pool.fit(workers))
+        self.shares = _shares(count, self.workers)
+        self.free = set(range(self.workers))  # slots
         self.cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.limited, self.tolerant = limited, tolerant
         self.started = self.held = self.refused = self.opened = False
@@ -332,7 +335,7 @@ class _Call:
         self.problems: list[str] = []
         self.error: BaseException | None = None
         self.lock = _thread.allocate_lock()  # of the pool threads
-        self.ready = _thread.allocate_lock()  # held until the first slot has set the limit, or has given up
+        self.ready = _thread.allocate_lock()  # held until the first token has set the limit, or has given up
         self.ready.acquire()
         self.done = _thread.allocate_lock()  # what the caller waits on; an Event can stay locked when interrupted
         self.done.acquire()
@@ -346,22 +349,26 @@ class _Call:
         apart = 1 < self.workers <= len(self.cpus)
         return self.cpus[thread % self.workers :: self.workers] if apart else self.cpus
 
-    def serve(self, slot: int) -> None:
-        """Work on indices in `slot` until there are none, or until others wait: on a pool thread."""
+    def serve(self, token: int, thread: int) -> None:
+        """Work on indices until there are none, or until others wait: on a pool thread."""
         with self.lock:
             self.active += 1  # before `closed` is read: _settle() sets that and then reads this
+            own = thread % self.workers
+            slot = own if own in self.free else min(self.free)
+            self.free.remove(slot)
         again = False
         try:
-            if not self.closed and self._ready(slot):
+            if not self.closed and self._ready(token):
                 again = self._work(slot)
                 self.closed |= not again
         except BaseException as error:  # run() raises it
             self.closed = True
             self.error = self.error or error
-        if slot == 0:
+        self.free.add(slot)  # before there is another token
+        if token == 0:
             self._open()
         if again:
-            _pool.submit(self, slot)
+            _pool.submit(self, token)
         with self.lock:
             self.active -= 1
             last = self.closed and self.active == 0 and not self.ended
@@ -375,16 +382,16 @@ class _Call:
                 self.finished = True
                 self.done.release()
 
-    def _ready(self, slot: int) -> bool:
-        if slot > 0:
+    def _ready(self, token: int) -> bool:
+        if token > 0:
             with self.ready:
                 pass
             if self.closed or not self.started:
                 return False
-        if slot > 0 or self.started:
+        if token > 0 or self.started:
             problems = _limit.enter(begins=False) if self.limited and not self.tolerant else []
             self.problems = self.problems or problems
-            return slot == 0 or not problems  # the first slot goes on in any case
+            return token == 0 or not problems  # the first one goes on in any case
         self.started = True
         if self.limited:
             self.held = True
@@ -396,20 +403,37 @@ class _Call:
         return True
 
     def _open(self) -> None:
-        """Let the other slots begin; called by whoever works in the first one."""
+        """Let the others begin; called by whoever has the first token."""
         if not self.opened:
             self.opened = True
             self.ready.release()
 
     def _work(self, slot: int) -> bool:
         task, waiting, end_s = self.task, _pool.tokens.qsize, time.perf_counter() + SLICE_S
-        for index in self.indices:
+        while (index := self._taken(slot)) is not None:
             _context.copy().run(task, index, slot)
             if self.closed:
                 break
             if waiting() and time.perf_counter() > end_s:
                 return True
         return False
+
+    def _taken(self, slot: int) -> int | None:
+        """Take the next index of a slot's share, or the last one of the longest."""
+        with self.lock:
+            of = slot if self.shares[slot] else max(range(self.workers), key=lambda i: len(self.shares[i]))
+            share = self.shares[of]
+            if not share:
+                return None
+            index, self.shares[of] = (share[0], share[1:]) if of == slot else (share[-1], share[:-1])
+            return index
+
+
+def _shares(count: int, workers: int) -> list[range]:
+    """Return as many intervals as there are workers; the first may be one longer than others."""
+    each, longer = divmod(count, workers)
+    starts = [i * each + min(i, longer) for i in range(workers + 1)]
+    return list(map(range, starts, starts[1:]))
 
 
 class _Pool:
@@ -425,8 +449,8 @@ class _Pool:
             self.most = max(self.most, usable_cores())
         return self.most
 
-    def submit(self, call: _Call, slot: int) -> None:
-        self.tokens.put((call, slot))
+    def submit(self, call: _Call, token: int) -> None:
+        self.tokens.put((call, token))
         if self.busy >= self.size:
             self._grow()
 
@@ -448,10 +472,10 @@ class _Pool:
     def _drain(self) -> None:
         while True:
             try:
-                call, slot = self.tokens.get_nowait()
+                call, token = self.tokens.get_nowait()
             except Empty:
                 return
-            call.serve(slot)
+            call.serve(token, 0)
 
     def _loop(self) -> None:
         with self.lock:
@@ -465,7 +489,7 @@ class _Pool:
         cpus: list[int] = []
         try:
             while True:
-                call, slot = self.tokens.get()
+                call, token = self.tokens.get()
                 with self.lock:
                     self.busy += 1
                 if cpus != (cpus := call.cpus_of(number)):
@@ -473,7 +497,7 @@ class _Pool:
                         os.sched_setaffinity(0, cpus)
                 if not self.tokens.empty():  # together with submit()'s look at `busy` no token is left unseen
                     self._grow()
-                call.serve(slot)
+                call.serve(token, number)
                 with self.lock:
                     self.busy -= 1
         finally:
@@ -484,8 +508,8 @@ class _Pool:
 def _drive(call: _Call) -> _Call:
     """Have the call done; the calling thread may be interrupted anywhere in here."""
     try:
-        for slot in range(call.workers):  # all at once, since waking a thread takes longer than setting the limit
-            _pool.submit(call, slot)
+        for token in range(call.workers):  # all at once, since waking a thread takes longer than setting the limit
+            _pool.submit(call, token)
         while not call.finished:
             call.done.acquire()
     except BaseException:
