@@ -197,11 +197,6 @@ def largest_first(schedule: Schedule) -> Sequence[int]:
     return range(groups * count)
 
 
-def dealt(blocks: Sequence[int], workers: int) -> Sequence[int]:
-    """Return blocks in an order in which each worker's share has as many large ones, if they are ordered by size."""
-    return blocks if isinstance(blocks, range) else [block for i in range(workers) for block in blocks[i::workers]]
-
-
 def shares_of(schedule: Schedule) -> int:
     """Return how many shares of the result a schedule forms, which are added up; 1 if it forms the result."""
     return schedule.shares if isinstance(schedule, InShares) else 1
@@ -266,7 +261,7 @@ def run(
     shares = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in wholes[2:]]
     groups = len(shares[0])
     of_share = len(needed.blocks) // groups // needed.shares
-    blocks = dealt(needed.blocks, workers) if excerpt is None else excerpt.blocks
+    blocks = needed.blocks if excerpt is None else excerpt.blocks
     count = len(blocks)
     workspaces = _acquire(min(workers, count), needed.workspace_bytes, problem.compute_dtype)
     clocks = [profile.Clock() if looking else None for _ in workspaces]
@@ -302,7 +297,8 @@ def run(
     run_s = time.perf_counter()
     finite = True
     try:
-        threads.run(task, count, len(workspaces), limit_blas=needed.limit_blas)
+        alike = isinstance(blocks, range)  # others are ordered by their size
+        threads.run(task, count, len(workspaces), limit_blas=needed.limit_blas, alike=alike)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
         finite = False
     run_s = time.perf_counter() - run_s

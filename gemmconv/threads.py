@@ -104,14 +104,17 @@ def _checked(workers: SupportsIndex, function: str, rule: str) -> int:
     return min(number, cores) if number > 0 else cores + 1 + number
 
 
-def run(task: Task, count: int, workers: int, *, limit_blas: bool = True) -> None:
+def run(task: Task, count: int, workers: int, *, limit_blas: bool = True, alike: bool = True) -> None:
     """Call `task(index, slot)` once for every index in range(count), by up to `workers` threads.
 
     A task runs in a context of its own in which NumPy ignores floating point errors. Tasks that are at work at the same
-    time have different slots, from 0 to workers - 1. Each slot has a share of the indices, one after the other; who has
-    done with a share goes on with the end of the longest one. A slot is the same thread's from call to call, and so is
-    its share, as far as possible: what it has written is in its own CPU's cache. With `limit_blas` every loaded BLAS is
-    held to one thread until the call ends; without it a single worker is the calling thread.
+    time have different slots, from 0 to workers - 1. A slot is the same thread's from call to call, as far as possible,
+    and so is its share of the indices: what they have written is in the cache of its CPU. If tasks are `alike` shares
+    are as large as each other, and indices in them follow each other; otherwise a share is the first index or the
+    second and so on, and the others are handed out in order. Last, the ends of shares that are left.
+
+    With `limit_blas` every loaded BLAS is held to one thread until the call ends; without it a single worker is the
+    calling thread.
 
     The first exception of a task, or of the wait (an interrupt), stops the handing out of indices; it is raised when
     every task has ended and every setting is restored. RuntimeError: a task called this.
@@ -130,12 +133,12 @@ def run(task: Task, count: int, workers: int, *, limit_blas: bool = True) -> Non
         return
     _limit.load()
     if not limit_blas:
-        call = _drive(_Call(task, count, workers, limited=False))
+        call = _drive(_Call(task, count, workers, limited=False, alike=alike))
     else:
         if _limit.never and workers > 1:
             _warn(workers, [_limit.never])
             workers = 1
-        call = _held(task, count, workers)
+        call = _held(task, count, workers, alike)
         if call.refused:
             _warn(workers, call.problems)
             call = _drive(_Call(task, count, 1, tolerant=True))
@@ -153,7 +156,7 @@ def describe() -> dict[str, Any]:
     """Facts for `show_config()`, JSON-able. Holds BLAS for a moment to see whether it can be held."""
     _limit.load()
     if not _in_task.get():
-        _held(_nothing, 1, 1)
+        _held(_nothing, 1, 1, True)
     return {
         "workers": get_workers(),
         "pool_threads": _pool.size,
@@ -175,13 +178,13 @@ def _warn(workers: int, problems: list[str]) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
-def _held(task: Task, count: int, workers: int) -> _Call:
-    call = _drive(_Call(task, count, workers))
+def _held(task: Task, count: int, workers: int, alike: bool) -> _Call:
+    call = _drive(_Call(task, count, workers, alike=alike))
     if call.refused:
         # From threadpoolctl 3.8 on only the thread that set a limit may change it. If that is this one, it waits here.
         for pool in _limit.pools:
             pool.give_up(force=False)
-        call = _drive(_Call(task, count, workers))
+        call = _drive(_Call(task, count, workers, alike=alike))
     return call
 
 
@@ -321,10 +324,12 @@ class _BlasPool:
 class _Call:
     """One call of `run`: what its workers share. A token (call, number) lets one pool thread at a time work."""
 
-    def __init__(self, task: Task, count: int, workers: int, *, limited: bool = True, tolerant: bool = False) -> None:
+    def __init__(
+        self, task: Task, count: int, workers: int, *, limited: bool = True, tolerant: bool = False, alike: bool = True
+    ) -> None:
         self.task = task
         self.workers = min(workers, _pool.fit(workers))
-        self.shares = _shares(count, self.workers)
+        self.shares = _shares(count, self.workers, alike)  # of each slot, and of all
         self.free = set(range(self.workers))  # slots
         self.cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.limited, self.tolerant = limited, tolerant
@@ -419,21 +424,25 @@ class _Call:
         return False
 
     def _taken(self, slot: int) -> int | None:
-        """Take the next index of a slot's share, or the last one of the longest."""
+        """Take the next index of a slot's share or of all slots', or the last one of the longest share."""
+        shares = self.shares
         with self.lock:
-            of = slot if self.shares[slot] else max(range(self.workers), key=lambda i: len(self.shares[i]))
-            share = self.shares[of]
-            if not share:
+            for of in (slot, self.workers):
+                if shares[of]:
+                    index, shares[of] = shares[of][0], shares[of][1:]
+                    return index
+            of = max(range(self.workers), key=lambda i: len(shares[i]))
+            if not shares[of]:
                 return None
-            index, self.shares[of] = (share[0], share[1:]) if of == slot else (share[-1], share[:-1])
+            index, shares[of] = shares[of][-1], shares[of][:-1]
             return index
 
 
-def _shares(count: int, workers: int) -> list[range]:
-    """Return as many intervals as there are workers; the first may be one longer than others."""
-    each, longer = divmod(count, workers)
-    starts = [i * each + min(i, longer) for i in range(workers + 1)]
-    return list(map(range, starts, starts[1:]))
+def _shares(count: int, workers: int, alike: bool) -> list[range]:
+    """Return intervals of indices, one for each worker and one of which all take the next; see `run`."""
+    each, longer = divmod(count, workers) if alike else (1, 0)
+    starts = [min(count, i * each + min(i, longer)) for i in range(workers + 1)]
+    return list(map(range, starts, [*starts[1:], count]))
 
 
 class _Pool:
