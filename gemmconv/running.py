@@ -183,15 +183,17 @@ def needs(schedule: Schedule) -> Needs:
 
 
 def largest_first(schedule: Schedule) -> Sequence[int]:
-    """Return the blocks of all groups in the order in which they are handed out.
+    """Return the blocks of all groups in the order in which they are handed out: a range if they are alike.
 
-    Where they are few, large ones come first, or one worker would be left with one at the end.
+    Where they are few and of unlike sizes, large ones come first, or one worker would be left with one at the end.
+    Those of several phases have unlike numbers of taps.
     """
     groups, count = schedule.problem.groups, schedule.count
     if 1 < count <= _FEW_BLOCKS:
         digits = [[math.prod(stop - start for _, (start, stop) in bounds) for bounds in of] for of in schedule.digits]
         sizes = [math.prod(size) for size in itertools.product(*digits)]
-        if max(sizes) > min(sizes):
+        phases = shares_of(schedule) == 1 and any(len(of) > 1 and not any(of) for of in schedule.digits)
+        if phases or max(sizes) > min(sizes):
             blocks = sorted(range(count), key=sizes.__getitem__, reverse=True)
             return [block * groups + group for block in blocks for group in range(groups)]
     return range(groups * count)
@@ -297,7 +299,7 @@ def run(
     run_s = time.perf_counter()
     finite = True
     try:
-        alike = isinstance(blocks, range)  # others are ordered by their size
+        alike = isinstance(blocks, range)
         threads.run(task, count, len(workspaces), limit_blas=needed.limit_blas, alike=alike)
     except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
         finite = False

@@ -231,7 +231,10 @@ def test_a_row_beside_a_large_filter_needs_no_blas(operation, layout, monkeypatc
 
 
 def test_large_blocks_are_handed_out_first():
-    """Each once, those of a group after those of the one before; in their order where all are alike, or many."""
+    """Each once, those of a group after those of the one before; in their order where all are alike, or many.
+
+    A range says that they are alike, which those of several phases are not, though they write as much.
+    """
     problem = Problem("conv3d", 1, 8, 4, (Axis(7, 7, 3, 1, 1, 1),) * 3, np.dtype(np.float32), "NDHWC", 2)
     schedule = im2col.schedule(problem, MACHINE)
     cuts = im2col.row_cuts(problem, problem.axes, 2 * 49)
@@ -243,6 +246,8 @@ def test_large_blocks_are_handed_out_first():
     many = dataclasses.replace(uneven, cuts=im2col.row_cuts(problem, problem.axes, 2))
     assert many.count > 64
     assert running.largest_first(many) == range(2 * many.count)
+    phases = Problem("conv3d_transpose", 1, 64, 32, (Axis(4, 8, 3, 2, 1, 1),) * 3, np.dtype(np.float32), "NDHWC")
+    assert running.largest_first(by_taps.schedule(phases, MACHINE)) == [0, 1, 2, 3]
 
 
 @pytest.mark.usefixtures("_known")
