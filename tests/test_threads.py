@@ -135,6 +135,40 @@ def test_every_index_runs_once_in_a_slot_of_its_own(count, workers, limit_blas):
     assert slots <= set(range(min(workers, count)))
 
 
+@pytest.mark.parametrize(
+    ("alike", "begins", "others"),
+    [(True, 5, [0, 1, 2, 3, 4, 9, 8, 7, 6]), (False, 1, [0, 2, 3, 4, 5, 6, 7, 8, 9])],
+)
+def test_a_slot_has_a_share_and_then_what_others_have_not_begun(alike, begins, others):
+    """One worker waits in its first task until the other one has done all the rest."""
+    meeting, end, done = threading.Barrier(2), threading.Event(), {}
+
+    def task(index, slot):
+        done.setdefault(slot, []).append(index)
+        if len(done[slot]) == 1:
+            meeting.wait(WAIT_S)
+        if slot == 1:
+            assert end.wait(WAIT_S)
+        elif len(done[slot]) == 9:
+            end.set()
+
+    run(task, 10, 2, alike=alike)
+    assert done == {0: others, 1: [begins]}
+
+
+def test_a_slot_is_the_same_threads_from_call_to_call():
+    found = set()
+    for _ in range(20):
+        meeting = threading.Barrier(4)
+
+        def task(index, slot, meeting=meeting):
+            meeting.wait(WAIT_S)
+            found.add((threading.get_ident(), slot, index))
+
+        run(task, 4, 4)
+    assert len(found) == 4
+
+
 def test_indices_are_handed_out_in_order():
     order = []
     run(lambda index, slot: order.append(index), 1000, 1)
