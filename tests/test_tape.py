@@ -13,6 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 from oracle import same_bits
 
 import gemmconv
+from gemmconv import running
 from gemmconv.compat import torch
 from gemmconv.lowerings import NotFiniteError, Operands, Workspace, recorder, steps, tape
 from gemmconv.lowerings.copies import need_finite
@@ -165,6 +166,20 @@ def test_two_blocks_that_are_alike_share_a_tape():
         len({id(r.tape) for k, r in tapes._recordings.items() if (k < 0) == b}) for b in (True, False)
     )
     assert with_bias == without == 1
+
+
+def test_a_slot_has_the_same_workspace_from_call_to_call(monkeypatch):
+    """After calls of one worker, and of another dtype, too; one that is too small is replaced."""
+    monkeypatch.setattr(running, "usable_cores", lambda: 2)
+    first = running._acquire(2, 4096, F4)
+    running._release(first)
+    for number, dtype in ((2, F4), (1, F4), (2, F4), (1, np.dtype("f8")), (2, F4)):
+        found = running._acquire(number, 100, dtype)
+        assert dtype != F4 or found == first[2 - number :]
+        running._release(found)
+    larger = running._acquire(2, 8192, F4)
+    assert not {*map(id, larger)} & {*map(id, first)}
+    assert all(workspace.size >= 8192 for workspace in larger)
 
 
 def test_each_worker_has_what_is_made_for_itself():
