@@ -156,7 +156,8 @@ def test_a_slot_has_a_share_and_then_what_others_have_not_begun(alike, begins, o
     assert done == {0: others, 1: [begins]}
 
 
-def test_a_slot_is_the_same_threads_from_call_to_call():
+def test_a_slot_is_the_same_threads_from_call_to_call(monkeypatch):
+    monkeypatch.setattr(threads, "_pool", threads._Pool())
     found = set()
     for _ in range(20):
         meeting = threading.Barrier(4)
