@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -66,9 +66,9 @@ def pack(schedule: Schedule, problem: Problem, second: Array) -> Packed:
 
 
 class Packing:
-    """How a filter is brought into the order that a schedule wants, which several workers may do in parts."""
+    """How a filter is brought into the order that a schedule wants, which so many workers may do, each a part of it."""
 
-    def __init__(self, schedule: Schedule, problem: Problem, second: Array) -> None:
+    def __init__(self, schedule: Schedule, problem: Problem, second: Array, workers: int = 1) -> None:
         of = schedule.problem
         self._schedule, self._looked_at = schedule, schedule.wants_finite_filter
         if problem.roles[1] == "filter":
@@ -78,25 +78,18 @@ class Packing:
                 second, self._looked_at = merged(second, problem.groups, problem.groups // of.groups), True
         self._second = second
         self._values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
-        self._parts = 0
-        self._left: Iterator[int] = iter(())
-        self._done = itertools.count(1)
-        self._ready = _thread.allocate_lock()  # held until all parts are done, or one has failed
-        self._failed = False
-
-    def share(self, workers: int) -> bool:
-        """Leave it to so many workers, to be done as they begin; False where there is nothing to do."""
-        if not self._values.size:
-            return False
-        in_parts = self._values.nbytes >= _LARGE_FILTER and packs_in_parts(type(self._schedule))
+        self.needed = self._values.size > 0
+        in_parts = self._values.nbytes >= _LARGE_FILTER and packs_in_parts(type(schedule))
         self._parts = workers if in_parts else 1
         self._left = iter(range(self._parts))  # next() is atomic
+        self._done = itertools.count(1)
+        self._ready = _thread.allocate_lock()  # held until all parts are done, or one has failed
         self._ready.acquire()
-        return True
+        self._failed = False
 
     def do(self, part: int = 0, parts: int = 1, workspace: Workspace | None = None) -> None:
         """Do one of so many parts."""
-        if not self._values.size:
+        if not self.needed:
             return
         with np.errstate(all="ignore"):
             for group, to in enumerate(self._values):
@@ -132,7 +125,7 @@ class Packing:
 
     def _usable(self) -> bool:
         # Zeros of the padding times Inf or NaN would be NaN where no tap reaches. An overflow here costs time only.
-        return not self._looked_at or is_finite(self._values if self._values.size else self._second)
+        return not self._looked_at or is_finite(self._values if self.needed else self._second)
 
 
 def adds_groups(schedule: Schedule, problem: Problem) -> bool:
@@ -233,8 +226,8 @@ def run(
     pack_s = time.perf_counter()
     shared: Packing | None = None
     if packed is None:
-        packing = Packing(schedule, problem, second)
-        shared = packing if packing.share(workers) else None
+        packing = Packing(schedule, problem, second, workers)
+        shared = packing if packing.needed else None
         packed = packing.packed(later=shared is not None)
     adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
     if not packed.usable or (adds_zeros and not is_finite(first)):
@@ -247,20 +240,7 @@ def run(
     again = needed is not None and excerpt is None
     needed = needed or needs(schedule)
     outputs = [result] if needed.shares == 1 else [*np.empty((needed.shares, *result.shape), result.dtype)]
-    wholes = [first, packed.second, *outputs]
-    along = order(schedule.problem.axes)
-    x, w, y = (
-        steps_of(problem.layout, role == "filter", array.shape, along)
-        for role, array in zip(problem.roles, wholes[:3], strict=True)
-    )
-    if excerpt is not None:
-        shapes = problem.operand_shapes[0], packed.second.shape, problem.result_shape
-        if problem.roles[1] != "filter":
-            shapes = shapes[0], problem.operand_shapes[1], shapes[2]
-        at = [excerpt.first, excerpt.second, *[excerpt.result] * needed.shares]
-        every_shape = [*shapes[:2], *shapes[2:] * needed.shares]
-        wholes = [placed(*part) for part in zip(wholes, at, every_shape, strict=True)]
-    shares = [_by_group(schedule.problem, [*wholes[:2], to], packed.values, (x, w, y), bias) for to in wholes[2:]]
+    shares = _of_shares(schedule, problem, [first, packed.second, *outputs], packed.values, bias, excerpt)
     groups = len(shares[0])
     of_share = len(needed.blocks) // groups // needed.shares
     blocks = needed.blocks if excerpt is None else excerpt.blocks
@@ -316,6 +296,31 @@ def run(
             for share in outputs[2:]:
                 np.add(result, share, result)
     return _account([clock for clock in clocks if clock], pack_s, run_s) if looking else None
+
+
+def _of_shares(
+    schedule: Schedule,
+    problem: Problem,
+    wholes: list[Array],
+    packed: Array,
+    bias: Array | None,
+    excerpt: Excerpt | None,
+) -> list[list[Operands]]:
+    """Return the operands of each share and group, of both operands and the outputs of all shares."""
+    along = order(schedule.problem.axes)
+    x, w, y = (
+        steps_of(problem.layout, role == "filter", array.shape, along)
+        for role, array in zip(problem.roles, wholes[:3], strict=True)
+    )
+    if excerpt is not None:
+        shapes = problem.operand_shapes[0], wholes[1].shape, problem.result_shape
+        if problem.roles[1] != "filter":
+            shapes = shapes[0], problem.operand_shapes[1], shapes[2]
+        outputs = len(wholes) - 2
+        at = [excerpt.first, excerpt.second, *[excerpt.result] * outputs]
+        every_shape = [*shapes[:2], *shapes[2:] * outputs]
+        wholes = [placed(*part) for part in zip(wholes, at, every_shape, strict=True)]
+    return [_by_group(schedule.problem, [*wholes[:2], to], packed, (x, w, y), bias) for to in wholes[2:]]
 
 
 def _by_group(
