@@ -17,8 +17,8 @@ PLAIN_WIDTH = 170  # where the output is no terminal
 
 def console(stderr: bool = False) -> Console:
     """A console; into a file or a pipe it is wide enough for the tables."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+    made = Console(stderr=stderr, highlight=False, emoji=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, emoji=False, width=PLAIN_WIDTH)
 
 
 def interval_text(row: Mapping[str, Any]) -> str:

@@ -16,6 +16,17 @@ from gemmconv import results
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+# The functions that gemmconv.dask has.
+LAZY = (
+    "conv1d",
+    "conv1d_transpose",
+    "conv2d",
+    "conv2d_transpose",
+    "conv3d",
+    "conv3d_backprop_filter_v2",
+    "conv3d_transpose",
+    "conv_transpose",
+)
 _PYTHON_NUMBERS = (int, float, complex)
 # Asking a dtype for its name takes longer than a small product.
 _NATIVE = frozenset(np.dtype(name) for name in SUPPORTED if name != "bfloat16")
@@ -169,8 +180,11 @@ def _array(function: str, name: str, given: Any) -> tuple[Array, bool]:
     if hasattr(given, "__dask_graph__"):
         raise TypeError(
             f"{function}: {name} is a lazy array ({type(given).__qualname__}), which is not computed silently; "
-            f"gemmconv.dask.{function} takes it, or call .compute() on it first"
+            + (f"gemmconv.dask.{function} takes it, or call " if function in LAZY else "call ")
+            + ".compute() on it first"
         )
+    if given is None:
+        raise TypeError(f"{function}: {name} is required, got None")
     leaves = set(_leaf_types(function, name, given)) if isinstance(given, list | tuple) else {type(given)}
     if bool in leaves:
         raise TypeError(f"{function}: {name} holds bools; use numbers, or an array with .astype(np.float32)")

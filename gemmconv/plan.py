@@ -24,7 +24,7 @@ from gemmconv.lowerings.boxes import Bounds
 from gemmconv.lowerings.cost import total_s
 from gemmconv.machine import Machine
 from gemmconv.part import Part, bounds_of
-from gemmconv.problem import Problem
+from gemmconv.problem import Problem, integer, integers
 from gemmconv.running import Packed, Progress
 
 # Names that `algorithm` takes, by operation.
@@ -353,6 +353,7 @@ class Plan:
         >>> len(plan.chunks(64 << 20)[1]), all(plan.part(box).on_blocks for box in plan.boxes(plan.chunks(64 << 20)))
         (2, True)
         """
+        most = integer(f"plan of {self.problem.operation}: most_bytes", most_bytes)
         at = [sorted({0, size, *own}) for size, own in zip(self.output_shape, borders or self.cuts, strict=True)]
         role = self.problem.roles[2]
         axes = range(len(at))
@@ -365,7 +366,7 @@ class Plan:
             longest = [max(pairwise(of_axis), key=lambda span: span[1] - span[0]) for of_axis in cuts]
             taken = self._taken(longest)
             possible = [i for i in axes if many[i] < len(at[i]) - 1]
-            if taken <= most_bytes or not possible:
+            if taken <= most or not possible:
                 break
             along = [i for i in spatial if i in possible]
             if role != "filter" and batch in possible:
@@ -373,17 +374,21 @@ class Plan:
             else:
                 axis = max(along, key=lambda i: longest[i][1] - longest[i][0]) if along else possible[-1]
             many[axis] = min(2 * many[axis], len(at[axis]) - 1)
-        if taken > most_bytes:
+        if taken > most:
             raise ValueError(
                 f"plan of {self.problem.operation}: the smallest boxes of the result {self.output_shape} take {taken} "
-                f"bytes with what they need of the operands, more than {most_bytes}"
+                f"bytes with what they need of the operands, more than {most}"
             )
         return tuple(tuple(b - a for a, b in pairwise(of_axis)) for of_axis in cuts)
 
     def boxes(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[slice, ...]]:
-        """Yield the boxes of the result that `chunks` describes, the last axis fastest."""
+        """Return the boxes of the result that `chunks` describes, as `chunks()` returns it, the last axis fastest."""
+        name, axes = f"plan of {self.problem.operation}", len(self.output_shape)
+        if not isinstance(chunks, Sequence) or len(chunks) != axes:
+            raise ValueError(f"{name}: chunks must be {axes} sequences of lengths, one for each axis, got {chunks!r}")
+        chunks = [integers(f"{name}: chunks[{i}]", of_axis) for i, of_axis in enumerate(chunks)]
         spans = [[slice(b - n, b) for n, b in zip(of_axis, accumulate(of_axis), strict=True)] for of_axis in chunks]
-        yield from product(*spans)
+        return product(*spans)
 
     def _taken(self, box: Sequence[tuple[int, int]]) -> int:
         """Return the bytes of a box of the result and its windows."""

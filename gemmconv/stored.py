@@ -13,6 +13,7 @@ import numpy as np
 
 from gemmconv import arrays, results
 from gemmconv.plan import Plan
+from gemmconv.problem import integer
 from gemmconv.running import Progress
 
 DEFAULT_MEMORY_BYTES = 1 << 28
@@ -114,6 +115,7 @@ def compute_stored(
 def boxes_for(plan: Plan, memory: int, dtypes: Sequence[np.dtype[Any]], stored: Sequence[int] | None = None) -> Chunks:
     """Return chunks of the result that `memory` is enough for, on stored chunks and, if they can be, on the cuts."""
     problem = plan.problem
+    memory = integer("memory, in bytes,", memory)
     fixed = plan.workspace_bytes
     if problem.roles[1] == "filter":  # as it is read, and in the plan's dtype
         fixed += math.prod(problem.filter_shape) * (

@@ -707,6 +707,7 @@ ONNX_REFUSALS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
             r"W must have a kernel of at least 1 everywhere, got .*\(1, 1, 0\)",
         ),
         ("conv", (1, 1, 4), (1, 1, 3), {"auto_pad": "same"}, ValueError, "auto_pad must be 'NOTSET' or .*, got 'same'"),
+        ("conv", (1, 1, 4), (1, 1, 3), {"auto_pad": b"s"}, ValueError, "auto_pad must be 'NOTSET' or .*, got 's'"),
         (
             "conv",
             (1, 1, 4),

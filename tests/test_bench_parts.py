@@ -408,6 +408,15 @@ def test_what_chunks_read_is_counted_by_the_definition(edge, chunk):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_names_of_contenders_are_printed_as_they_are(capsys):
+    """Not as emoji: k.so:seven names a symbol."""
+    from bench import report
+
+    for stderr in (False, True):
+        report.console(stderr).print("k.so:seven: mine.py:fire:")
+    assert "".join(capsys.readouterr()) == "k.so:seven: mine.py:fire:\n" * 2
+
+
 def test_chunks_are_measured(monkeypatch, capsys):
     """All routes give the result, in rows of ever smaller chunks."""
     from bench import chunks, report

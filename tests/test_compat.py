@@ -225,6 +225,7 @@ class TestOnnx:
         """ceil(n / stride) positions; the odd zero at the end or at the beginning; with a dilation too."""
         x, w = np.array([[[1, 2, 3, 4]]], np.float32), np.array([[[1, 10, 100]]], np.float32)
         assert conv(x, w, strides=[2], auto_pad="SAME_UPPER").tolist() == [[[321, 43]]]
+        assert conv(x, w, strides=[2], auto_pad=b"SAME_UPPER").tolist() == [[[321, 43]]]  # as a model's attributes are
         assert conv(x, w, strides=[2], auto_pad="SAME_LOWER").tolist() == [[[210, 432]]]
         assert conv(x, w, dilations=[2], auto_pad="SAME_UPPER").tolist() == [[[310, 420, 31, 42]]]
         assert conv(x, w[:, :, :1], strides=[3], auto_pad="SAME_UPPER").tolist() == [[[1, 4]]]

@@ -14,6 +14,8 @@ import zarr
 
 import gemmconv
 from gemmconv import dask as lazy
+from gemmconv.arrays import LAZY
+from gemmconv.compat import onnx, torch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -198,6 +200,19 @@ def test_plain_functions_name_the_lazy_one(name):
     arguments = operands | {first: da.from_array(operands[first], chunks=-1)}
     with pytest.raises(TypeError, match=rf"^{name}: {first} is a lazy array .*gemmconv\.dask\.{name} takes it"):
         getattr(gemmconv, name)(**arguments, **more)
+
+
+def test_functions_that_have_no_lazy_one_name_none():
+    x = da.from_array(np.ones((1, 2, 4), np.float32))
+    assert list(LAZY) == lazy.__all__
+    for call in (
+        lambda: gemmconv.im2col(x, 3),
+        lambda: onnx.conv(x, np.ones((1, 2, 1), np.float32)),
+        lambda: torch.conv1d(x, np.ones((1, 2, 1), np.float32)),
+        lambda: gemmconv.plan_conv3d_transpose(X.shape, W.shape)(da.from_array(X), W),
+    ):
+        with pytest.raises(TypeError, match=r"lazy array \([^()]*\), which is not computed silently; call \.compute"):
+            call()
 
 
 def test_operands_that_are_no_dask_arrays():

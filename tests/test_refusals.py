@@ -15,6 +15,7 @@ import pytest
 from oracle import dtype_named, frozen, integers, same_bits
 
 from gemmconv import conv3d_transpose, plan_conv3d_transpose
+from gemmconv.compat import torch
 
 FUNCTION = r"\A[\w ]*conv3d_transpose\b"
 
@@ -624,6 +625,17 @@ class TestOperands:
         Case("", {}, TypeError, [rf"\b({name}|{role})\b", r"comput|asarray"]).matches(caught.value)
         assert not lazy.computed
         assert (out == 5.5).all()
+
+    @pytest.mark.parametrize("function", ["conv_transpose3d", "conv3d"])
+    @pytest.mark.parametrize("missing", [0, 1])
+    def test_none(self, function, missing):
+        """Of a front end that has no aliases for its operands."""
+        operands = [np.ones((1, 1, 2, 2, 2), np.float32), np.ones((1, 1, 1, 1, 1), np.float32)]
+        operands[missing] = None
+        with pytest.raises(
+            TypeError, match=rf"^compat.torch.{function}: {('input', 'weight')[missing]} is required, got None"
+        ):
+            getattr(torch, function)(*operands)
 
     @pytest.mark.parametrize("names", [("float16", "bfloat16"), ("bfloat16", "float16")], ids="-".join)
     def test_two_kinds_of_half(self, names):

@@ -161,6 +161,31 @@ def test_refusals(change, text):
     assert (given["out"] == before).all()
 
 
+@pytest.mark.parametrize("memory", ["2G", None, 1.5])
+def test_memory_is_a_number_of_bytes(memory):
+    asked = problem()
+    plan = make_plan(asked, SMALL, "auto", 1)
+    out = np.full(plan.output_shape, 3, np.float32)
+    with pytest.raises(TypeError, match=r"memory, in bytes, must be an integer, got"):
+        compute_stored(plan, *operands_of(asked), out, memory=memory)
+    with pytest.raises(TypeError, match=r"most_bytes must be an integer, got"):
+        plan.chunks(memory)
+    assert (out == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "error", "text"),
+    [
+        (16, ValueError, "must be 5 sequences of lengths, one for each axis, got 16"),
+        ([[2], [20]], ValueError, "must be 5 sequences"),
+        ([2, [20], [8], [15], [5]], TypeError, r"chunks\[0\] must be"),
+    ],
+)
+def test_chunks_that_are_none(chunks, error, text):
+    with pytest.raises(error, match=text):
+        make_plan(problem(), SMALL, "auto", 1).boxes(chunks)
+
+
 # The command.
 
 

@@ -113,6 +113,7 @@ def conv_transpose(
     steps, dilated = _each(layer, "strides", strides, 1), _each(layer, "dilations", dilations, 1)
     added = _each(layer, "output_padding", output_padding, 0)
     layer.check_output_padding(added, steps, dilated)
+    auto_pad = _auto_pad(layer, auto_pad)
     begins, ends = _pads(layer, auto_pad, pads)
     reached = [(n - 1) * s + extent(k, d) for n, s, k, d in zip(layer.sizes, steps, layer.kernel, dilated, strict=True)]
     if output_shape is not None:
@@ -203,6 +204,7 @@ def conv(
     """
     layer = _layer("conv", False, X, W, B, group, kernel_shape)
     steps, dilated = _each(layer, "strides", strides, 1), _each(layer, "dilations", dilations, 1)
+    auto_pad = _auto_pad(layer, auto_pad)
     begins, ends = _pads(layer, auto_pad, pads)
     if auto_pad.startswith("SAME"):
         axes = zip(layer.sizes, steps, layer.kernel, dilated, strict=True)
@@ -237,9 +239,14 @@ def _each(layer: Layer, name: str, value: Any, least: int) -> Sequence[int]:
     return (least,) * layer.rank if value is None else layer.numbers(name, value, least, layer.rank)
 
 
-def _pads(layer: Layer, auto_pad: Any, pads: Any) -> tuple[Sequence[int], Sequence[int]]:
-    """Check `auto_pad`, and return the explicit pads at the beginning and the end of each axis."""
-    auto_pad = one_of(layer.function, "auto_pad", auto_pad, _PADS)
+def _auto_pad(layer: Layer, given: Any) -> str:
+    """Return a checked `auto_pad`; strings of a model's attributes are bytes."""
+    text = given.decode("ascii", "replace") if isinstance(given, bytes) else given
+    return one_of(layer.function, "auto_pad", text, _PADS)
+
+
+def _pads(layer: Layer, auto_pad: str, pads: Any) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the explicit pads at the beginning and the end of each axis."""
     if pads is None:
         return (0,) * layer.rank, (0,) * layer.rank
     if auto_pad != "NOTSET":

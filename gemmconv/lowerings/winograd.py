@@ -357,9 +357,9 @@ def schedule(problem: Problem, machine: Machine) -> Schedule:
     of_tiles = filtered.candidates(problem, machine)
     if not found and not of_tiles:
         raise CannotLowerError(
-            f"{text} it needs 2 or 3 neighbouring taps in every phase of depth or height, and no gaps if those are "
-            "several phases, or where BLAS does not pack small products up to 3 in every phase of one axis, as far "
-            f"apart, got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
+            f"{text} the taps that reach output positions of one residue modulo the stride must be 2 or 3 neighbours "
+            "along depth or height, or at most 3 evenly apart along some axis where BLAS does not pack small products, "
+            f"got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
         )
     item = problem.compute_dtype.itemsize
     possible: list[Schedule] = [s for s in of_tiles if s.packed_values * item <= MOST_PACKED]
