@@ -239,21 +239,36 @@ class InShares(Protocol):
         """How many; 1 if blocks form the result."""
 
 
-class AsItLies:
-    """For schedules that use the filter as it lies, and form just the products that land."""
+class Usual:
+    """What most schedules are."""
 
     __slots__ = ()
-    wants_finite_filter = False
-    wants_finite_value = False
-    reads_beyond = 1
 
     @property
-    def packed_values(self) -> int:
-        return 0
+    def wants_finite_filter(self) -> bool:
+        return False
+
+    @property
+    def wants_finite_value(self) -> bool:
+        return False
 
     @property
     def whole_behind(self) -> int:
         return 3
+
+    @property
+    def reads_beyond(self) -> int:
+        return 1
+
+
+class AsItLies(Usual):
+    """For schedules that use the filter as it lies."""
+
+    __slots__ = ()
+
+    @property
+    def packed_values(self) -> int:
+        return 0
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Do nothing."""

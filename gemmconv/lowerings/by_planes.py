@@ -28,7 +28,7 @@ from gemmconv.lowerings.base import (
     must_widen,
     simplified,
 )
-from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, each
+from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, each, located
 from gemmconv.lowerings.by_rows import axis_steps, chunks, groups, lines_never_packed, meetings, pieces, sample
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s
 from gemmconv.lowerings.copies import store
@@ -107,9 +107,8 @@ class ByPlanes(AsItLies):
 
     def block(self, index: int) -> Block:
         """Return a block."""
-        index, height = divmod(index, len(self.cuts[1]))
-        batch, depth = divmod(index, len(self.cuts[0]))
-        return Block(batch, self.cuts[0][depth], self.cuts[1][height])
+        batch, (depth, height) = located(index, self.cuts)
+        return Block(batch, depth, height)
 
     @property
     def largest_product(self) -> int:

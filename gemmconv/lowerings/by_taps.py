@@ -42,7 +42,7 @@ from gemmconv.lowerings.cost import (
     packing_s,
     pass_s,
 )
-from gemmconv.lowerings.phases import Phase, gaps, landing, phases, tileable, tiles
+from gemmconv.lowerings.phases import Phase, landing, phases, slots, tileable, tiles, unreached
 from gemmconv.lowerings.products import LARGEST, tile_columns, unpacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -371,9 +371,9 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     widens = must_widen(problem)
     exact = not tiled or (found[2][0].offset == 0 and counts[2] * lanes == w.fine)
     direct = all(axis.tiles for axis in axes) and exact and not widens
-    unreached = any(gaps(axis, of_axis) for axis, of_axis in zip(axes[: 2 if tiled else 3], found, strict=False))
+    gaps = any(unreached(axis, slots(axis, tiled=False)) for axis in axes[: 2 if tiled else 3])
     if direct:
-        unreached = unreached or not all(axis.covers for axis in axes)
+        gaps = gaps or not all(axis.covers for axis in axes)
     pairs = [(i, j) for i in range(len(found[0])) for j in range(len(found[1]))]
     pairs.sort(key=lambda pair: -len(found[0][pair[0]].taps) * len(found[1][pair[1]].taps))
 
@@ -385,7 +385,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
             *(Cut(n, min(n, chunk)) for n, chunk in zip(counts, chunks, strict=True)),
         ]
         boxes = math.prod(map(len, cuts))
-        groups = [tuple(pairs)] if boxes >= ENOUGH_BLOCKS or unreached or not pairs else [(pair,) for pair in pairs]
+        groups = [tuple(pairs)] if boxes >= ENOUGH_BLOCKS or gaps or not pairs else [(pair,) for pair in pairs]
         chunk = [cut.longest for cut in cuts]
         if len(cuts[3]) == 1:  # hulls hold whole lines then, even where fewer positions land
             chunk[3] = w.coarse
@@ -396,7 +396,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
             depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
         cut = (*cuts, Cut(problem.cout, channels))
         order = cut, tuple(groups), most
-        return ByTaps(problem, axes, found, lanes, joined, direct, unreached, *order, widens, depth, turned, gathers)
+        return ByTaps(problem, axes, found, lanes, joined, direct, gaps, *order, widens, depth, turned, gathers)
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]

@@ -16,10 +16,20 @@ from dataclasses import dataclass
 from itertools import product
 
 from gemmconv.blas import Gemm
-from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, address, aligned, canonical, five
+from gemmconv.lowerings.base import (
+    Array,
+    AsItLies,
+    CannotLowerError,
+    Operands,
+    Workspace,
+    address,
+    aligned,
+    canonical,
+    five,
+)
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit
 from gemmconv.lowerings.copies import copy, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, copy_s, gemm_s
 from gemmconv.lowerings.im2col import tap_boxes
 from gemmconv.lowerings.phases import reached
 from gemmconv.lowerings.windows import Taps
@@ -33,7 +43,7 @@ _WIDE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Correlate:
+class Correlate(AsItLies):
     """A schedule; see the module. `filter` of the operands is the coarse array."""
 
     problem: Problem
@@ -43,14 +53,10 @@ class Correlate:
     taps: tuple[Taps, ...]  # of blocks
     line: int  # fine positions of a line as it is copied
 
-    packed_values = 0
     wants_finite_filter = True
     wants_finite_value = True
     whole_behind = 0  # every row is read
     reads_beyond = 0
-
-    def pack(self, filter: Array, packed: Array) -> None:
-        """Do nothing."""
 
     @property
     def count(self) -> int:
@@ -205,9 +211,4 @@ def schedule(problem: Problem, machine: Machine) -> Correlate:
             depth = Cut(axes[0].coarse, max(1, positions // (h.coarse * w.coarse)))
             yield Correlate(problem, axes, (depth, height), Cut(problem.cin, -(-problem.cin // n)), taps, line)
 
-    found = best(list(candidates()), machine)
-    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
-        raise CannotLowerError(
-            f"{text} the lines of a run take {found.workspace_bytes} bytes, more than {most}; 'im2col' and 'auto' can"
-        )
-    return found
+    return best_that_fits(list(candidates()), machine, f"{text} the lines of a run", "'im2col' and 'auto'")

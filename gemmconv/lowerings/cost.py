@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from gemmconv.blas import serial_products
+from gemmconv.lowerings.base import CannotLowerError
 from gemmconv.lowerings.copies import CONFLICT
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
@@ -196,6 +197,17 @@ def best(schedules: Sequence[S], machine: Machine) -> S:
     limit = max(most_workspace_bytes(machine), min(s.workspace_bytes for s in schedules))
     possible = [s for s in schedules if s.workspace_bytes <= limit]
     return min(possible, key=lambda s: total_s(s, machine))
+
+
+def best_that_fits(schedules: Sequence[S], machine: Machine, text: str, others: str) -> S:
+    """As `best`, or raise CannotLowerError where all take more workspace than they may.
+
+    `text` is what the error begins with, up to what it is that takes it, and `others` who can do it.
+    """
+    found = best(schedules, machine)
+    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
+        raise CannotLowerError(f"{text} take {found.workspace_bytes} bytes, more than {most}; {others} can")
+    return found
 
 
 def most_workspace_bytes(machine: Machine) -> int:

@@ -10,20 +10,20 @@ repeated to rows of about two thousand values, since NumPy is slow with shorter 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, aligned, canonical, five
-from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each
+from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Workspace, aligned, canonical, five
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, located
 from gemmconv.lowerings.copies import copy, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, most_workspace_bytes, pass_s
-from gemmconv.lowerings.phases import Slots, met, places, slots, unreached
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, copy_s, pass_s
+from gemmconv.lowerings.phases import Along, slots, unreached
 from gemmconv.machine import Machine
-from gemmconv.problem import Axis, Problem
+from gemmconv.problem import Problem
 
 # Positions of a block that are weighed, and values of a row of weights.
 _POSITIONS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -40,21 +40,17 @@ class Tap(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Depthwise:
+class Depthwise(Usual):
     """A schedule; see the module. `problem` has all groups as one, and the filter is taken as it is given."""
 
     problem: Problem
     own_groups: int
-    axes: tuple[Axis, Axis, Axis]
-    slots: tuple[Slots, Slots, Slots]
+    along: tuple[Along, Along, Along]
     gaps: bool
     cuts: tuple[Cut, Cut, Cut]  # of q in depth, height and width: positions of a convolution's result
     repeats: int  # channels of the result that see the same channel
 
     wants_finite_filter = True
-    whole_behind = 3
-    reads_beyond = 1
-    wants_finite_value = False
     largest_product = 0
 
     @property
@@ -74,16 +70,14 @@ class Depthwise:
     @property
     def digits(self) -> list[list[Bounds]]:
         found = [digit(0, each(self.problem.batch))]
-        for i, (axis, of_axis, cut) in enumerate(zip(self.axes, self.slots, self.cuts, strict=True), 1):
-            found.append(digit(i, cut if self.gathers else [of_axis.span(axis, q) for q in cut]))
+        for i, (along, cut) in enumerate(zip(self.along, self.cuts, strict=True), 1):
+            found.append(digit(i, map(along.span, cut)))
         return found
 
     def block(self, index: int) -> tuple[int, tuple[Range, Range, Range]]:
         """Return a block: batch entry and q."""
-        index, width = divmod(index, len(self.cuts[2]))
-        index, height = divmod(index, len(self.cuts[1]))
-        batch, depth = divmod(index, len(self.cuts[0]))
-        return batch, (self.cuts[0][depth], self.cuts[1][height], self.cuts[2][width])
+        batch, (depth, height, width) = located(index, self.cuts)
+        return batch, (depth, height, width)
 
     @property
     def _together(self) -> int:
@@ -92,7 +86,7 @@ class Depthwise:
 
     def grid(self, q: Sequence[int]) -> tuple[int, int, int]:
         """Return the positions of a phase of the grid of a block."""
-        d, h, w = (n + of_axis.reach for n, of_axis in zip(q, self.slots, strict=True))
+        d, h, w = (n + along.reach for n, along in zip(q, self.along, strict=True))
         return d, h, w
 
     def rows(self, q: Sequence[int]) -> tuple[int, int]:
@@ -100,13 +94,13 @@ class Depthwise:
         depth, height, width = self.grid(q)
         lines = (q[0] - 1) * height + q[1]
         rows = -(-lines * width // self._together) * self._together
-        return rows, depth * height * width + rows - lines * width + self.slots[2].reach
+        return rows, depth * height * width + rows - lines * width + self.along[2].reach
 
     @property
     def _many(self) -> tuple[int, int]:
         """Phases of the grid, and slots of the sums."""
-        found = math.prod(max(1, len(of_axis.offsets)) for of_axis in self.slots)
-        return (found, 1) if self.gathers else (1, found)
+        phases, many = zip(*((len(along.offsets), len(along.taps)) for along in self.along), strict=True)
+        return math.prod(phases), max(1, math.prod(many))
 
     @property
     def workspace_bytes(self) -> int:
@@ -134,8 +128,8 @@ class Depthwise:
         run = self.channels * self._together if self.problem.layout == "NDHWC" else rows
         # Runs so long are as fast from the cache behind L2.
         total = len(self._taps(longest)) * 2 * pass_s(values, run)
-        strided = self.problem.layout == "NCDHW" and self.axes[2].stride > 1
-        line = self.channels if self.axes[2].stride > 1 else self.channels * longest[2]
+        strided = self.problem.layout == "NCDHW" and self.along[2].axis.stride > 1
+        line = self.channels if self.along[2].axis.stride > 1 else self.channels * longest[2]
         total += copy_s(2 * phases * grid * self.channels, line, steps=2 * phases, spilled=True, strided=strided)
         total += copy_s(2 * many * values, line, steps=2 * many, spilled=True, strided=strided)
         return self.count * total
@@ -148,23 +142,12 @@ class Depthwise:
     def _taps(self, q: Sequence[int]) -> list[Tap]:
         """Return the taps that reach anything."""
         _, height, width = self.grid(q)
-        along = []
-        for of_axis in self.slots:
-            low, high = of_axis.shifts
-            along.append(
-                [
-                    (move.tap + i, move.slot + i, move.shift - low if self.gathers else high - move.shift)
-                    for move in of_axis.moves
-                    for i in range(move.many)
-                ]
-            )
-        many = [len(of_axis.offsets) for of_axis in self.slots]
-        kernel = [axis.kernel for axis in self.axes]
+        kernel, phases = zip(*((along.axis.kernel, len(along.offsets)) for along in self.along), strict=True)
         found = []
-        for (a, i, z_d), (b, j, z_h), (c, k, z_w) in product(*along):
-            slot = (i * many[1] + j) * many[2] + k
-            phase, slot = (slot, 0) if self.gathers else (0, slot)
-            found.append(Tap((a * kernel[1] + b) * kernel[2] + c, phase, slot, (z_d * height + z_h) * width + z_w))
+        for slot, of_slots in enumerate(product(*(along.taps for along in self.along))):
+            for (i, z_d, a), (j, z_h, b), (k, z_w, c) in product(*of_slots):
+                number, phase = (a * kernel[1] + b) * kernel[2] + c, (i * phases[1] + j) * phases[2] + k
+                found.append(Tap(number, phase, slot, (z_d * height + z_h) * width + z_w))
         return found
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
@@ -209,39 +192,32 @@ class Depthwise:
         """Copy the lines that a block needs to its grid, with zeros around them."""
         problem, sizes = self.problem, self.grid([stop - start for start, stop in spans])
         given = problem.cout if self.gathers else problem.cin
-        array = five(
-            problem.layout, value, problem.batch, [a.fine if self.gathers else a.coarse for a in self.axes], given
-        )[batch]
+        array = five(problem.layout, value, problem.batch, [along.given for along in self.along], given)[batch]
         grid[...] = 0
-        offsets = [of_axis.offsets or (0,) if self.gathers else (0,) for of_axis in self.slots]
-        for rows, at in zip(grid, product(*offsets), strict=True):
-            cells = self._by_position(rows, sizes)
-            to, source = [], []
-            for axis, of_axis, offset, (q, _), size in zip(self.axes, self.slots, at, spans, sizes, strict=True):
-                first = q + of_axis.shifts[0] if self.gathers else q - of_axis.shifts[1]
-                where, taken = met(axis, offset, first, size, self.gathers)
-                to.append(where)
-                source.append(taken)
-            part = array[tuple(source)]
-            target = cells[tuple(to)]
+        for rows, at in zip(grid, product(*(along.offsets for along in self.along)), strict=True):
+            met = zip(self.along, at, spans, sizes, strict=True)
+            to, source = zip(*(along.met(offset, q, size) for along, offset, (q, _), size in met), strict=True)
+            target = self._by_position(rows, sizes)[to]
             if 0 not in target.shape:
-                part = part[tuple(slice(n) for n in target.shape[:3])]
+                part = array[source][tuple(slice(n) for n in target.shape[:3])]
                 repeated = target.reshape(*target.shape[:3], given, self.repeats)
                 copy(*((target, part) if self.repeats == 1 else (repeated, part[..., None])))
 
     def _store(self, sums: Array, operands: Operands, batch: int, spans: Sequence[Range]) -> None:
         """Store the sums where they belong."""
-        problem, axes = self.problem, self.axes
+        problem = self.problem
         sizes = [stop - start for start, stop in spans]
         _, height, width = self.grid(sizes)
-        fine = [axis.coarse if self.gathers else axis.fine for axis in axes]
-        output = five(problem.layout, operands.output, problem.batch, fine, self.channels)[batch]
+        result = [along.axis.coarse if self.gathers else along.axis.fine for along in self.along]
+        output = five(problem.layout, operands.output, problem.batch, result, self.channels)[batch]
         if self.gaps:
-            region = tuple(slice(*s.span(a, q)) for a, s, q in zip(axes, self.slots, spans, strict=True))
+            region = tuple(slice(*along.span(q)) for along, q in zip(self.along, spans, strict=True))
             output[region] = operands.start((0, self.channels))
-        for number, (put, taken) in self._places(spans):
-            lines = self._lines(sums[number], sizes, height, width)
-            store(output[put], lines[taken])
+        many = [len(along.taps) for along in self.along]
+        places = (along.places(q).items() for along, q in zip(self.along, spans, strict=True))
+        for (i, (q_d, d)), (j, (q_h, h)), (k, (q_w, w)) in product(*places):
+            lines = self._lines(sums[(i * many[1] + j) * many[2] + k], sizes, height, width)
+            store(output[d, h, w], lines[q_d, q_h, q_w])
 
     def _lines(self, rows: Array, q: Sequence[int], height: int, width: int) -> Array:
         """View the sums of a slot as [depth, height, width, channel], without what lies between lines."""
@@ -250,39 +226,27 @@ class Depthwise:
         strides = height * width * row, width * row, row, channel
         return np.lib.stride_tricks.as_strided(rows, (*q, self.channels), strides, subok=True)
 
-    def _places(self, spans: Sequence[Range]) -> Iterator[tuple[int, tuple[tuple[slice, ...], tuple[slice, ...]]]]:
-        """Yield the slots of the sums, where they are put, and which q of them."""
-        if self.gathers:
-            yield 0, (tuple(slice(*span) for span in spans), (slice(None),) * 3)
-            return
-        many = [len(of_axis.offsets) for of_axis in self.slots]
-        along = (list(places(*part)) for part in zip(self.axes, self.slots, spans, strict=True))
-        for d, h, w in product(*along):
-            yield (d.slot * many[1] + h.slot) * many[2] + w.slot, ((d.fine, h.fine, w.fine), (d.q, h.q, w.q))
-
 
 def schedule(problem: Problem, machine: Machine) -> Depthwise:
     """Choose the blocks for a problem by cost, or raise CannotLowerError where channels see more than one."""
     gathers = problem.operation == "conv3d"
     seen, repeats = (problem.cout, problem.cin) if gathers else (problem.cin, problem.cout)
     text = f"{problem.operation}: algorithm='depthwise' cannot do this problem:"
-    others = "'im2col' and 'auto' can" if gathers else "'col2im' and 'auto' can"
+    others = "'im2col' and 'auto'" if gathers else "'col2im' and 'auto'"
     if problem.groups == 1 or seen > 1:
         raise CannotLowerError(
-            f"{text} it needs several groups of one channel, got {problem.groups} of {seen}; {others}"
+            f"{text} it needs several groups of one channel, got {problem.groups} of {seen}; {others} can"
         )
     whole = replace(problem, groups=1, cin=problem.pitch, cout=problem.cout * problem.groups)
-    axes = canonical(problem.axes)
-    of_axes = slots(axes[0], tiled=False), slots(axes[1], tiled=False), slots(axes[2], tiled=False)
-    counts = [axis.coarse if gathers else of_axis.count for axis, of_axis in zip(axes, of_axes, strict=True)]
-    gaps = not gathers and any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True))
+    depth, height, width = (Along(axis, slots(axis, tiled=False), gathers) for axis in canonical(problem.axes))
+    along = depth, height, width
+    counts = [of.count for of in along]
+    gaps = not gathers and any(unreached(of.axis, of.of_axis) for of in along)
 
     def candidate(positions: int) -> Depthwise:
         chunks = (positions // (counts[1] * counts[2]), positions // counts[2], positions)
         d, h, w = (Cut(n, min(n, max(1, chunk))) for n, chunk in zip(counts, chunks, strict=True))
-        return Depthwise(whole, problem.groups, axes, of_axes, gaps, (d, h, w), repeats)
+        return Depthwise(whole, problem.groups, along, gaps, (d, h, w), repeats)
 
-    found = best([candidate(n) for n in sorted({min(n, math.prod(counts)) for n in _POSITIONS})], machine)
-    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
-        raise CannotLowerError(f"{text} its blocks take {found.workspace_bytes} bytes, more than {most}; {others}")
-    return found
+    found = [candidate(n) for n in sorted({min(n, math.prod(counts)) for n in _POSITIONS})]
+    return best_that_fits(found, machine, f"{text} its blocks", others)

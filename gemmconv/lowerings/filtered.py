@@ -144,14 +144,10 @@ class Filtered(Tiling):
         return [*found, digit(4, self.cuts[4])]
 
     @property
-    def packed_values(self) -> int:
-        filters = math.prod(sum(line.filters for line in lines) for lines in self.lines)
-        return filters * self._taps * self.problem.cout * self.problem.cin
-
-    @property
-    def _taps(self) -> int:
-        """Taps of the axes that are not filtered."""
-        return self.axes[0].kernel * self.axes[1].kernel
+    def packed_shapes(self) -> list[tuple[int, ...]]:
+        """Of each combination of lines: [point, point, tap, tap, tile, cin, column]."""
+        behind_points = *(axis.kernel for axis in self.axes[:2]), self.problem.cout // self.columns, self.problem.cin
+        return [(a.filters, b.filters, *behind_points, self.columns) for a, b in product(*self.lines)]
 
     @property
     def workspace_bytes(self) -> int:
@@ -240,17 +236,6 @@ class Filtered(Tiling):
                 mine, of_points = taps[of_u, :, along_a, along_b, :, :, rows], to[:, :, of_u, :, :, np.newaxis, rows]
                 workspace.reset()
                 pack_lines(lines, [mine], of_points, workspace, turns=True)
-
-    def _packed(self, packed: Array) -> list[Array]:
-        """Return the packed filter of each combination of lines: [point, point, tap, tap, tile, cin, column]."""
-        found, at = [], 0
-        tile = self.problem.cout // self.columns, self.problem.cin, self.columns
-        for first, second in product(*self.lines):
-            shape = (first.filters, second.filters, self.axes[0].kernel, self.axes[1].kernel, *tile)
-            size = math.prod(shape)
-            found.append(packed[at : at + size].reshape(shape))
-            at += size
-        return found
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         workspace.buffer(SMALLEST_BUFFER)

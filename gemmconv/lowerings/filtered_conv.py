@@ -143,9 +143,10 @@ class FilteredConv(Tiling):
         return [*found, digit(4, self.cuts[4])]
 
     @property
-    def packed_values(self) -> int:
-        each = self.problem.cout * self.problem.cin
-        return sum(math.prod((*_filters(f), *f.taps, f.size)) for f in self.families) * each
+    def packed_shapes(self) -> list[tuple[int, ...]]:
+        """Of each family: [point, point, tap, tap, tile, phase and cout, column]."""
+        cout, tiles = self.problem.cout, self.problem.cin // self.columns
+        return [(f.a[0].filters, f.b[0].filters, *f.taps, tiles, f.size * cout, self.columns) for f in self.families]
 
     @property
     def workspace_bytes(self) -> int:
@@ -257,16 +258,6 @@ class FilteredConv(Tiling):
                 of_points = to.reshape(*to.shape[:5], family.size, cout, self.columns)[..., rows, :]
                 workspace.reset()
                 pack_lines((family.a[0], family.b[0]), phases_of, of_points, workspace, turns=False)
-
-    def _packed(self, packed: Array) -> list[Array]:
-        """Return the packed filter of each family: [point, point, tap, tap, tile, phase and cout, column]."""
-        found, at = [], 0
-        for f in self.families:
-            shape = (*_filters(f), *f.taps, self.problem.cin // self.columns, f.size * self.problem.cout, self.columns)
-            size = math.prod(shape)
-            found.append(packed[at : at + size].reshape(shape))
-            at += size
-        return found
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         workspace.buffer(SMALLEST_BUFFER)
@@ -398,11 +389,6 @@ def _taps(
             continue
         added = found[: math.prod(shape)].reshape(shape)
         yield Tiled(left, columns, added), (sums, added.reshape(sums.shape))
-
-
-def _filters(family: Family) -> tuple[int, int]:
-    """Return how many filters the points have along both filtered axes."""
-    return family.a[0].filters, family.b[0].filters
 
 
 def _start(axis: Axis, line: Line) -> int:

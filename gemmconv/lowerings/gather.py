@@ -21,8 +21,8 @@ import numpy as np
 from gemmconv.blas import Gemm, small_products
 from gemmconv.lowerings.base import (
     Array,
-    CannotLowerError,
     Operands,
+    Usual,
     Workspace,
     address,
     aligned,
@@ -30,10 +30,10 @@ from gemmconv.lowerings.base import (
     five,
     laid,
 )
-from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, located
 from gemmconv.lowerings.copies import copy, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, most_workspace_bytes, small_s
-from gemmconv.lowerings.phases import Slots, slots
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, copy_s, gemm_s, small_s
+from gemmconv.lowerings.phases import Slots, met, slots
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Gather:
+class Gather(Usual):
     """A schedule; see the module."""
 
     problem: Problem
@@ -78,16 +78,10 @@ class Gather:
         batch = digit(0, each(self.problem.batch))
         return [batch, digit(1, self.cuts[0]), digit(2, self.cuts[1]), digit(4, self.channels)]
 
-    whole_behind = 3
-    reads_beyond = 1
-    wants_finite_value = False
-
     def block(self, index: int) -> tuple[int, Range, Range, Range]:
         """Return a block: batch entry, planes, lines and channels; those of the same rows follow each other."""
-        index, channels = divmod(index, len(self.channels))
-        index, height = divmod(index, len(self.cuts[1]))
-        batch, depth = divmod(index, len(self.cuts[0]))
-        return batch, self.cuts[0][depth], self.cuts[1][height], self.channels[channels]
+        batch, (depth, height, channels) = located(index, (*self.cuts, self.channels))
+        return batch, depth, height, channels
 
     @property
     def rows_of_line(self) -> int:
@@ -283,21 +277,13 @@ class Gather:
         last = max(first, min(w.fine, self.line - w.lo))
         to_w, from_w = slice(first + w.lo, last + w.lo), slice(first, last)
         for (i, at_d), (j, at_h) in product(enumerate(of_d.offsets), enumerate(of_h.offsets)):
-            to_d, from_d = _lines(d, at_d, depth[0] + of_d.shifts[0], planes)
-            to_h, from_h = _lines(h, at_h, height[0] + of_h.shifts[0], sizes.pitch)
+            to_d, from_d = met(d, at_d, depth[0] + of_d.shifts[0], planes, gathers=True)
+            to_h, from_h = met(h, at_h, height[0] + of_h.shifts[0], sizes.pitch, gathers=True)
             box = cells[i, j]
             part = box[to_d, to_h, to_w]
             if part.shape != box.shape:
                 box[...] = 0
             copy(part, fine[from_d, from_h, from_w])
-
-
-def _lines(axis: Axis, offset: int, q: int, count: int) -> tuple[slice, slice]:
-    """Return which of `count` lines from q on are inside the fine array, and where they are in it."""
-    start = max(q, -(offset // axis.stride))
-    stop = max(start, min(q + count, -((offset - axis.fine) // axis.stride)))
-    first = start * axis.stride + offset
-    return slice(start - q, stop - q), slice(first, first + (stop - start) * axis.stride, axis.stride)
 
 
 def schedule(problem: Problem, machine: Machine) -> Gather:
@@ -317,13 +303,8 @@ def schedule(problem: Problem, machine: Machine) -> Gather:
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     found = [candidate(n, p) for n in sorted({min(n, every) for n in _POSITIONS}) for p in parts]
     found += [replace(plain, small=True) for plain in found if _can_be_small(plain)]
-    made = best(found, machine)
-    if made.workspace_bytes > (most := most_workspace_bytes(machine)):
-        raise CannotLowerError(
-            f"{problem.operation}: algorithm='kn2row' cannot do this problem: the lines of a block take "
-            f"{made.workspace_bytes} bytes, more than {most}; 'im2col' and 'auto' can"
-        )
-    return made
+    text = f"{problem.operation}: algorithm='kn2row' cannot do this problem: the lines of a block"
+    return best_that_fits(found, machine, text, "'im2col' and 'auto'")
 
 
 def _can_be_small(plain: Gather) -> bool:

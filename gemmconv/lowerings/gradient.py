@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gemmconv.lowerings.base import Array, Operands, Workspace, address, canonical, five, must_widen
+from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, address, canonical, five, must_widen
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, unpacked_s
@@ -39,7 +39,7 @@ _COLUMNS_SHARE, _GRID_SHARE = 0.75, 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient:
+class Gradient(AsItLies):
     """A schedule; see the module. `filter` of the operands is the coarse array."""
 
     problem: Problem
@@ -51,11 +51,6 @@ class Gradient:
     tap_major: bool  # whether columns lie [tap, channel, row], not [row, tap, channel]
     unpacked: bool  # whether products are formed of small ones that BLAS does not pack
     shares: int = 1  # of the rows
-
-    packed_values = 0
-
-    def pack(self, filter: Array, packed: Array) -> None:
-        """Do nothing."""
 
     @property
     def wants_finite_filter(self) -> bool:
@@ -71,7 +66,6 @@ class Gradient:
 
     whole_behind = 0  # every row is read
     reads_beyond = 0
-    wants_finite_value = False
 
     def block(self, index: int) -> tuple[int, Taps, Range]:
         """Return a block: its share, taps and channels."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemmconv.blas import reads_matrix
-from gemmconv.lowerings.base import Array, Operands, Workspace, address, canonical, five, too_far
+from gemmconv.lowerings.base import Array, Operands, Usual, Workspace, address, canonical, five, too_far
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit, located
 from gemmconv.lowerings.by_rows import groups
 from gemmconv.lowerings.copies import need_finite, store
@@ -74,7 +74,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Im2Col:
+class Im2Col(Usual):
     """A schedule; see the module."""
 
     problem: Problem
@@ -102,16 +102,10 @@ class Im2Col:
         rows = [digit(i, cut) for i, cut in enumerate(self.cuts)]
         return [[()] * self.shares, *rows, digit(4, self.channels)]
 
-    whole_behind = 3
-    reads_beyond = 1
-    wants_finite_value = False
-    wants_finite_filter = False  # results are looked at instead, while they are in cache
-
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
-        index, channels = divmod(index, len(self.channels))
-        share, spans = located(index, self.cuts)
-        return Block(share, Box(*spans), self.channels[channels])
+        share, (*rows, channels) = located(index, (*self.cuts, self.channels))
+        return Block(share, Box(*rows), channels)
 
     @property
     def rows(self) -> int:

@@ -21,8 +21,8 @@ import numpy as np
 from gemmconv.blas import Gemm
 from gemmconv.lowerings.base import (
     Array,
-    CannotLowerError,
     Operands,
+    Usual,
     Workspace,
     address,
     aligned,
@@ -35,10 +35,9 @@ from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each, loc
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,
-    best,
+    best_that_fits,
     copy_s,
     gemm_s,
-    most_workspace_bytes,
     packing_s,
 )
 from gemmconv.lowerings.grids import Panel, Sizes, as_rows, fill, panels, side_by_side
@@ -77,7 +76,7 @@ class Program(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Kn2Row:
+class Kn2Row(Usual):
     """A schedule; see the module."""
 
     problem: Problem
@@ -100,10 +99,6 @@ class Kn2Row:
         depth, height, width = (digit(i, spans) for i, spans in enumerate(boxes, 1))
         groups: list[Bounds] = [()] * len(self.groups)
         return [digit(0, each(self.problem.batch)), depth, height, width, groups, digit(4, self.channels)]
-
-    whole_behind = 3
-    reads_beyond = 1
-    wants_finite_value = False
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
@@ -391,11 +386,7 @@ def schedule(problem: Problem, machine: Machine) -> Kn2Row:
     every = math.prod(counts)
     positions = sorted({min(n, every) for n in _POSITIONS})
     parts = [n for n in _PARTS if n == 1 or problem.cout >= n * _WIDE]
-    found = best([candidate(n, g, p) for n in positions for g in sorted(groupings) for p in parts], machine)
-    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
-        reach = "x".join(str(of_axis.reach) for of_axis in of_axes)
-        raise CannotLowerError(
-            f"{problem.operation}: algorithm='kn2row' cannot do this problem: taps reach {reach} rows, so that a "
-            f"block's rows take {found.workspace_bytes} bytes, more than {most}; 'col2im' and 'auto' can"
-        )
-    return found
+    found = [candidate(n, g, p) for n in positions for g in sorted(groupings) for p in parts]
+    reach = "x".join(str(of_axis.reach) for of_axis in of_axes)
+    text = f"{problem.operation}: algorithm='kn2row' cannot do this problem: taps reach {reach} rows, so that a "
+    return best_that_fits(found, machine, f"{text}block's rows", "'col2im' and 'auto'")

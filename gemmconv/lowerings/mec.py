@@ -25,15 +25,14 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.blas import small_products
-from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, aligned, canonical, five, order
+from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Workspace, aligned, canonical, five, order
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, located
 from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,
-    best,
+    best_that_fits,
     copy_s,
     few_channels_s,
-    most_workspace_bytes,
     pass_s,
     turned_s,
 )
@@ -116,7 +115,7 @@ def _pairs(along: tuple[Along, Along, Along], groups: int, rows: int, channels: 
 
 
 @dataclass(frozen=True)
-class Mec:
+class Mec(Usual):
     """A schedule; see the module. `problem` has `own_groups` of the one that was asked as one, by their own filters."""
 
     problem: Problem
@@ -127,9 +126,6 @@ class Mec:
     split: bool  # whether taps of the next axis are starts in the columns too, each a product that is added
 
     wants_finite_filter = True
-    wants_finite_value = False
-    whole_behind = 3
-    reads_beyond = 1
 
     @cached_property
     def channels(self) -> tuple[int, int]:
@@ -474,12 +470,9 @@ def candidates(problem: Problem) -> list[Mec]:
 
 def schedule(problem: Problem, machine: Machine) -> Mec:
     """Choose a schedule for a problem by cost, or raise CannotLowerError where its blocks are too large."""
-    others = "'im2col' and 'auto' can" if problem.operation == "conv3d" else "'col2im' and 'auto' can"
+    others = "'im2col' and 'auto'" if problem.operation == "conv3d" else "'col2im' and 'auto'"
     text = f"{problem.operation}: algorithm='mec' cannot do this problem:"
     every = candidates(problem)
     if not every:
-        raise CannotLowerError(f"{text} its result has more than {_MOST_PHASES} phases; {others}")
-    found = best(every, machine)
-    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
-        raise CannotLowerError(f"{text} its blocks take {found.workspace_bytes} bytes, more than {most}; {others}")
-    return found
+        raise CannotLowerError(f"{text} its result has more than {_MOST_PHASES} phases; {others} can")
+    return best_that_fits(every, machine, f"{text} its blocks", others)

@@ -16,10 +16,10 @@ from itertools import product
 import numpy as np
 
 from gemmconv.blas import small_products
-from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Workspace, aligned, order
+from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, aligned, order
 from gemmconv.lowerings.boxes import Bounds, Range, digit
 from gemmconv.lowerings.copies import store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, lines_s, most_workspace_bytes, packed_lines_s, pass_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, lines_s, packed_lines_s, pass_s
 from gemmconv.lowerings.mec import FEW, Block, Mec, Sizes, by_position, candidates
 from gemmconv.lowerings.products import LARGEST, unpacked
 from gemmconv.machine import Machine
@@ -32,7 +32,7 @@ _FEWEST = 4
 
 
 @dataclass(frozen=True)
-class MecGradient:
+class MecGradient(AsItLies):
     """A schedule; see the module. `of` is the convolution whose columns are taken; all its blocks are one here."""
 
     problem: Problem
@@ -43,10 +43,6 @@ class MecGradient:
     whole_behind = 0  # every row is read
     reads_beyond = 0
     count = 1
-    packed_values = 0
-
-    def pack(self, filter: Array, packed: Array) -> None:
-        """Do nothing."""
 
     @property
     def own_groups(self) -> int:
@@ -210,10 +206,5 @@ def schedules(problem: Problem) -> list[MecGradient]:
 
 def schedule(problem: Problem, machine: Machine) -> MecGradient:
     """Choose a schedule for a problem by cost, or raise CannotLowerError where its blocks are too large."""
-    found = best(schedules(problem), machine)
-    if found.workspace_bytes > (most := most_workspace_bytes(machine)):
-        raise CannotLowerError(
-            f"{problem.operation}: algorithm='mec' cannot do this problem: its blocks take "
-            f"{found.workspace_bytes} bytes, more than {most}; 'im2col' and 'auto' can"
-        )
-    return found
+    text = f"{problem.operation}: algorithm='mec' cannot do this problem: its blocks"
+    return best_that_fits(schedules(problem), machine, text, "'im2col' and 'auto'")

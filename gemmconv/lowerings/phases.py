@@ -7,7 +7,7 @@ side by side, so a whole axis is one phase of tiles: `stride` neighbouring fine 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -47,11 +47,6 @@ def tiles(axis: Axis) -> tuple[Phase, ...]:
 def tileable(axis: Axis) -> bool:
     """Whether `tiles` applies; not for so many lanes that columns of a few rows would not fit a cache."""
     return 1 < axis.stride <= _MOST_LANES and axis.dilation == 1 and axis.kernel % axis.stride == 0
-
-
-def gaps(axis: Axis, found: Sequence[Phase]) -> bool:
-    """Whether some fine position belongs to none of the phases."""
-    return len(found) < min(axis.stride, axis.fine)
 
 
 def _phase(axis: Axis, offset: int, taps: list[tuple[int, int]]) -> Phase:

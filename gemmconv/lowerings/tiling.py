@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical, five
+from gemmconv.lowerings.base import Array, Operands, Usual, Workspace, aligned, canonical, five
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
 from gemmconv.lowerings.copies import as_items, copy_turned, item_size, need_finite, store
 from gemmconv.lowerings.cost import pass_s
@@ -51,7 +51,7 @@ class Block(NamedTuple):
     channels: Range
 
 
-class Tiling(ABC):
+class Tiling(Usual, ABC):
     """What both schedules have in common."""
 
     __slots__ = ()
@@ -62,9 +62,6 @@ class Tiling(ABC):
     cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of q, of tiles and of the channels
     columns: int  # of the filter's tiles
 
-    wants_finite_filter = False  # what is not finite makes results that are not
-    wants_finite_value = False
-    whole_behind = 3
     largest_product = LARGEST
 
     @property
@@ -80,6 +77,21 @@ class Tiling(ABC):
         """Return a block; those of the same rows follow each other."""
         _, spans = located(index, self.cuts)
         return Block(*spans)
+
+    @property
+    @abstractmethod
+    def packed_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the parts of the packed filter, one after the other."""
+
+    @property
+    def packed_values(self) -> int:
+        return sum(map(math.prod, self.packed_shapes))
+
+    def _packed(self, packed: Array) -> list[Array]:
+        """Return the parts of the packed filter."""
+        shapes = self.packed_shapes
+        ends = accumulate(map(math.prod, shapes))
+        return [packed[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True)]
 
     def pack(self, filter: Array, packed: Array) -> None:
         """Pack the whole filter."""

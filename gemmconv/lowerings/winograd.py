@@ -24,6 +24,7 @@ from gemmconv.lowerings.base import (
     CannotLowerError,
     Operands,
     Schedule,
+    Usual,
     Workspace,
     address,
     aligned,
@@ -31,7 +32,7 @@ from gemmconv.lowerings.base import (
     five,
     simplified,
 )
-from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each, located
 from gemmconv.lowerings.copies import need_finite, store
 from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,
@@ -83,7 +84,7 @@ class Program(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Winograd:
+class Winograd(Usual):
     """A schedule; see the module. `inner` does what a point needs, with a trivial axis in place of the filtered one."""
 
     problem: Problem
@@ -110,17 +111,12 @@ class Winograd:
         lines: list[Bounds] = [()] * len(self.lines)
         return [*found, lines, digit(4, self.inner.channels)]
 
-    whole_behind = 3
-    reads_beyond = 1
-    wants_finite_value = False
-
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
         index, channels = divmod(index, len(self.inner.channels))
         index, line = divmod(index, len(self.lines))
-        index, height = divmod(index, len(self.cuts[1]))
-        batch, depth = divmod(index, len(self.cuts[0]))
-        return Block(batch, self.cuts[0][depth], self.cuts[1][height], line, self.inner.channels[channels])
+        batch, (depth, height) = located(index, self.cuts)
+        return Block(batch, depth, height, line, self.inner.channels[channels])
 
     @property
     def largest_product(self) -> int:

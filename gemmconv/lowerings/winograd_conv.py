@@ -26,13 +26,14 @@ from gemmconv.lowerings.base import (
     CannotLowerError,
     Operands,
     Schedule,
+    Usual,
     Workspace,
     address,
     aligned,
     canonical,
     five,
 )
-from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each, located
 from gemmconv.lowerings.copies import copy, need_finite, store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, packing_s, pass_s, total_s
 from gemmconv.lowerings.pairs import SIGNS, Pairs, Piece, Term, add_points, combine_cells, combine_taps, scheme
@@ -76,7 +77,7 @@ class Program(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
+class Paired(Usual):
     """A schedule; see the module."""
 
     problem: Problem
@@ -87,9 +88,6 @@ class Paired:
     cuts: tuple[Cut, Cut]  # of the third axis and of the channels
 
     wants_finite_filter = True
-    wants_finite_value = False
-    whole_behind = 3
-    reads_beyond = 1
 
     @property
     def count(self) -> int:
@@ -102,9 +100,8 @@ class Paired:
 
     def block(self, index: int) -> Block:
         """Return a block; those of the same rows follow each other."""
-        index, channels = divmod(index, len(self.cuts[1]))
-        batch, at = divmod(index, len(self.cuts[0]))
-        return Block(batch, self.cuts[0][at], self.cuts[1][channels])
+        batch, spans = located(index, self.cuts)
+        return Block(batch, *spans)
 
     @property
     def kernel(self) -> int:
