@@ -1,8 +1,10 @@
 """`calibrate`: the constants of gemmconv/lowerings/cost.py, measured on this machine; nothing is changed.
 
 Each constant is taken from calls like those that lowerings make, alone or in a small fit to some of them, all with
-operands that are warm in a core's cache unless their name says otherwise. `_BLOCK_S` is not measured: it is the time of
-Python around a block's steps, which differs from lowering to lowering.
+operands that are warm in a core's cache unless their name says otherwise. Half of the constants of cost.py are
+measured: the rates of products, steps, additions and copies. The others are corrections for special ways of reading or
+turning values, from scripts, and `_BLOCK_S`, the time of Python around a block's steps, which differs from lowering to
+lowering.
 """
 
 from __future__ import annotations

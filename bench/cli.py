@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--quick", action="store_true", help="every third layer, few short rounds, one launch: a first look"
     )
-    run.add_argument("--minutes", type=float, help="about how long the rounds may take (5; 1.4 with --quick)")
-    run.add_argument("--launches", type=int, help="times that all processes are started anew (3; 1 with --quick)")
-    run.add_argument("--rounds", type=int, help="rounds of each launch (as many as the minutes allow, 2 to 7)")
+    run.add_argument("--minutes", type=_positive, help="about how long the rounds may take (5; 1.4 with --quick)")
+    run.add_argument("--launches", type=_count, help="times that all processes are started anew (3; 1 with --quick)")
+    run.add_argument("--rounds", type=_count, help="rounds of each launch (as many as the minutes allow, 2 to 7)")
     run.add_argument("--confidence", type=_fraction, default=0.95, help="of the intervals (95%%)")
-    run.add_argument("--timeout", type=float, default=60.0, help="seconds after which a contender hangs (60)")
+    run.add_argument("--timeout", type=_positive, default=60.0, help="seconds after which a contender hangs (60)")
     run.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     run.set_defaults(run=run_run)
 
@@ -88,12 +89,12 @@ def parser() -> argparse.ArgumentParser:
     vectors.set_defaults(run=run_vectors)
 
     calibrate = commands.add_parser("calibrate", help="measure the constants of gemmconv's cost model on this machine")
-    calibrate.add_argument("--seconds", type=float, default=20.0, help="about how long to measure (20)")
+    calibrate.add_argument("--seconds", type=_positive, default=20.0, help="about how long to measure (20)")
     calibrate.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     calibrate.set_defaults(run=run_calibrate)
     chunks = commands.add_parser("chunks", help="measure what cutting a result in chunks costs, with Dask and without")
-    chunks.add_argument("--edge", type=int, default=256, help="of the result, in voxels (256: 512 MiB)")
-    chunks.add_argument("--rounds", type=int, default=3, help="of which medians are taken (3)")
+    chunks.add_argument("--edge", type=_count, default=256, help="of the result, in voxels (256: 512 MiB)")
+    chunks.add_argument("--rounds", type=_count, default=3, help="of which medians are taken (3)")
     chunks.add_argument("--json", type=Path, metavar="OUT")
     chunks.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     chunks.set_defaults(run=run_chunks)
@@ -101,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     latency.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     latency.set_defaults(run=run_latency, timeout=60.0)
     imports = commands.add_parser("import", help="measure the import of gemmconv against that of what it needs")
-    imports.add_argument("--rounds", type=int, default=15)
+    imports.add_argument("--rounds", type=_count, default=15)
     imports.set_defaults(run=run_imports)
     return main
 
@@ -117,6 +118,18 @@ def _add_suite(command: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    return float(text)
 
 
 def _counts(text: str) -> list[int]:

@@ -92,10 +92,10 @@ def common(function: str, first: Array, second: Array, names: tuple[str, str] = 
 def supported_dtype(function: str, dtype: Any) -> np.dtype[Any]:
     """Return a dtype argument as a native dtype, or raise the TypeError that names the supported ones."""
     try:
-        found = np.dtype(dtype)
+        found = None if dtype is None else np.dtype(dtype)  # to NumPy None is float64
     except TypeError:
         raise TypeError(f"{function}: dtype must be one of {', '.join(SUPPORTED)}, got {dtype!r}") from None
-    if found.name not in SUPPORTED:
+    if found is None or found.name not in SUPPORTED:
         raise TypeError(f"{function}: dtype must be one of {', '.join(SUPPORTED)}, got {found}")
     native: np.dtype[Any] = found if found.isnative else found.newbyteorder("=")
     return native

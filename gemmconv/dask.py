@@ -119,6 +119,8 @@ def _unread(function: str, name: str, given: Any) -> Any:
     """Return a Dask array as an operand of which just shape and dtype are known."""
     if not isinstance(given, da.Array):
         return given
+    if isinstance(given._meta, np.ma.MaskedArray):
+        raise TypeError(f"{function}: {name} is a masked array, whose mask would be lost; call da.ma.filled first")
     if any(np.isnan(size) for size in given.shape):
         raise ValueError(
             f"{function}: {name} has chunks of unknown sizes, shape {given.shape}; "

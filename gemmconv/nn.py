@@ -343,6 +343,7 @@ def plan_conv3d(
     (1, 8, 8, 8, 32)
     """
     function = "plan_conv3d"
+    _required(function, "strides", strides)
     shapes = _sizes(function, "input_shape", input_shape), _sizes(function, "filter_shape", filter_shape)
     supported = arrays.supported_dtype(function, dtype)
     asked = problem.conv3d_problem(*shapes, strides, padding, data_format, dilations, supported, function=function)
@@ -390,6 +391,7 @@ def plan_conv3d_backprop_filter_v2(
     (3, 3, 3, 4, 6)
     """
     function = "plan_conv3d_backprop_filter_v2"
+    _required(function, "strides", strides)
     first, second = (
         _sizes(function, name, shape)
         for name, shape in (("input_shape", input_shape), ("out_backprop_shape", out_backprop_shape))

@@ -168,7 +168,8 @@ class Plan:
             "work": f"{self.flops / 1e9:.4g} GFLOP",
             "memory": f"{self.bytes_moved / 2**20:.4g} MiB read and written, {intensity:.3g} FLOP a byte",
         }
-        return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}} {text}" for name, text in rows.items())
 
     def __call__(self, value: Any, filter: Any, out: Array | None = None, *, progress: Progress | None = None) -> Array:
         """Compute the result for arrays of the plan's shapes.
@@ -210,8 +211,9 @@ class Plan:
         for argument, array, shape in zip(self.problem.names, (x, w), shapes, strict=True):
             self._check(name, argument, array, shape)
         if dtype != self.dtype:
+            first, second = self.problem.names
             raise TypeError(
-                f"{name}: value of {x.dtype} and filter of {w.dtype} give {dtype}, "
+                f"{name}: {first} of {x.dtype} and {second} of {w.dtype} give {dtype}, "
                 f"but the plan was made for {self.dtype}"
             )
         return [x, w]
@@ -245,8 +247,8 @@ class Plan:
         np.float32(7680.0)
         """
         name = f"plan of {self.problem.operation}"
-        w = arrays.operand(name, "filter", filter, self.dtype)
-        self._check(name, "filter", w, self.problem.operand_shapes[1])
+        w = arrays.operand(name, self.problem.names[1], filter, self.dtype)
+        self._check(name, self.problem.names[1], w, self.problem.operand_shapes[1])
         kept = arrays.converted(w, self.problem.dtype).copy()
         return make_plan(replace(self.problem, prepared=True), self.machine, self.requested, self.workers)._with(kept)
 
@@ -509,6 +511,9 @@ class Prepared:
     filter: Array
     packed: Packed | None
 
+    def __reduce__(self) -> tuple[Any, ...]:  # packed anew: another BLAS may have another schedule
+        return Plan._with, (self.plan, self.filter)
+
     def __call__(self, value: Any, out: Array | None = None, *, progress: Progress | None = None) -> Array:
         """Compute the result for a value, with the bits that `plan` gives for it and the filter.
 
@@ -530,8 +535,9 @@ class Prepared:
             If an argument does not fit the plan; nothing was touched.
         """
         name = f"plan of {self.plan.problem.operation}"
-        x = arrays.operand(name, "value", value, self.plan.dtype)
-        self.plan._check(name, "value", x, self.plan.problem.operand_shapes[0])
+        argument = self.plan.problem.names[0]
+        x = arrays.operand(name, argument, value, self.plan.dtype)
+        self.plan._check(name, argument, x, self.plan.problem.operand_shapes[0])
         return self.plan.execute(name, x, self.filter, out, progress, self.packed)
 
 

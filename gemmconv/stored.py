@@ -78,7 +78,9 @@ def compute_stored(
     True
     """
     name = "compute_stored"
-    of_first, of_second = (_stored(name, *named) for named in zip(plan.problem.names, (value, filter), strict=True))
+    of_first, of_second = (
+        _stored(name, *named, plan.dtype) for named in zip(plan.problem.names, (value, filter), strict=True)
+    )
     for argument, array, shape in zip(
         plan.problem.names, (of_first, of_second), plan.problem.operand_shapes, strict=True
     ):
@@ -90,6 +92,9 @@ def compute_stored(
         raise ValueError(f"{name}: out has shape {tuple(out.shape)}, but the result has {plan.output_shape}")
     if not np.can_cast(plan.dtype, out.dtype, "safe"):
         raise TypeError(f"{name}: out has dtype {out.dtype}, to which the result's {plan.dtype} cannot be cast safely")
+    for argument, array in zip(plan.problem.names, (of_first, of_second), strict=True):
+        if all(isinstance(x, np.ndarray) for x in (array, out)) and np.may_share_memory(array, out):
+            raise ValueError(f"{name}: out shares memory with {argument}, which is read after boxes are written")
     if chunks is None:
         chunks = boxes_for(plan, memory, (of_first.dtype, of_second.dtype), stored_chunks(out))
     _check_chunks(name, plan, chunks, stored_chunks(out))
@@ -148,13 +153,12 @@ def stored_chunks(out: Any) -> tuple[int, ...] | None:
     return None
 
 
-def _stored(function: str, name: str, given: Any) -> Any:
+def _stored(function: str, name: str, given: Any, dtype: np.dtype[Any]) -> Any:
     """Return an operand that can be asked for windows."""
-    if hasattr(given, "__dask_graph__"):
-        raise TypeError(f"{function}: {name} is a lazy array ({type(given).__qualname__}); see gemmconv.dask")
-    if all(hasattr(given, attribute) for attribute in ("shape", "dtype", "__getitem__")):
+    refused = isinstance(given, np.ma.MaskedArray) or hasattr(given, "__dask_graph__")
+    if not refused and all(hasattr(given, attribute) for attribute in ("shape", "dtype", "__getitem__")):
         return given
-    return np.asarray(given)
+    return arrays.operand(function, name, given, dtype)
 
 
 def _check_chunks(function: str, plan: Plan, chunks: Sequence[Sequence[int]], stored: Sequence[int] | None) -> None:

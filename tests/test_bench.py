@@ -254,6 +254,14 @@ def test_bad_contenders_cost_only_their_own_rows(bad, name):
         assert rows[good, "tiny_k2s2"]["median_seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("--rounds", "0"), ("--rounds", "-3"), ("--launches", "0"), ("--launches", "-1"), ("--minutes", "0")],
+)
+def test_counts_below_one_are_refused(arguments):
+    bench("run", "--suite", "tiny", *arguments, status=2)
+
+
 def test_a_contender_that_was_lost_starts_again(tmp_path):
     """It hangs on one layer, and is measured on the next."""
     path = tmp_path / "result.json"

@@ -191,6 +191,12 @@ def test_refusals():
         lazy.conv3d_transpose(x, W, algorithm="magic")
 
 
+def test_masks_are_not_lost():
+    masked = da.from_array(np.ma.array(X, mask=True), chunks=5)
+    with pytest.raises(TypeError, match=r"^conv3d_transpose: value is a masked array, whose mask would be lost"):
+        lazy.conv3d_transpose(masked, W)
+
+
 @pytest.mark.parametrize("name", lazy.__all__)
 def test_plain_functions_name_the_lazy_one(name):
     """A Dask array is not computed silently."""
@@ -266,7 +272,7 @@ def test_a_worker_that_is_killed(client, tmp_path):
     want = gemmconv.conv3d_transpose(x, w, strides=2)
 
     def slowly(block):
-        time.sleep(0.05)
+        time.sleep(0.15)
         return block
 
     plan = gemmconv.plan_conv3d_transpose(x.shape, w.shape, strides=2)

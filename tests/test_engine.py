@@ -198,8 +198,6 @@ def test_no_product_is_formed_twice(order, monkeypatch):
             for piece in pieces:
                 met[(*(slice(*r) for r in hull), slice(piece.first, piece.first + piece.rows))] += 1
         assert met.max(initial=0) <= 1, plan.schedule
-        flops = 2 * met.sum() * problem.cin
-        assert flops <= problem.flops
 
 
 @pytest.fixture

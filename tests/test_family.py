@@ -881,3 +881,37 @@ def test_plans_of_the_family_give_what_the_functions_give(data_format):
 def test_plans_of_the_family_refuse(function, arguments, text):
     with pytest.raises(ValueError, match=f"^{function}: .*{text}|^{function}: {text}"):
         getattr(gemmconv, function)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        ("plan_conv3d", ((1, 4, 4, 4, 2), (1, 1, 1, 2, 1))),
+        ("plan_conv3d_backprop_filter_v2", ((1, 4, 4, 4, 2), (1, 1, 1, 2, 3), (1, 4, 4, 4, 3))),
+    ],
+)
+def test_plans_of_the_family_refuse_none(function, shapes):
+    """For strides as the functions do, and as a dtype, which to NumPy is float64."""
+    with pytest.raises(TypeError, match=f"^{function}: 'strides' is required, got None"):
+        getattr(gemmconv, function)(*shapes, None, "SAME")
+    with pytest.raises(TypeError, match=f"^{function}: dtype must be one of .*, got None"):
+        getattr(gemmconv, function)(*shapes, 1, "SAME", dtype=None)
+
+
+def test_plans_name_the_operands_of_their_operation():
+    """In texts as in reports."""
+    z, w, g = (np.ones(shape, np.float32) for shape in ((1, 4, 4, 4, 2), (1, 1, 1, 2, 3), (1, 4, 4, 4, 3)))
+    forward = gemmconv.plan_conv3d(z.shape, w.shape, 1, "SAME")
+    gradient = gemmconv.plan_conv3d_backprop_filter_v2(z.shape, w.shape, g.shape, 1, "SAME")
+    with pytest.raises(TypeError, match="input of float64 and filter of float32 give float64"):
+        forward(z.astype(float), w)
+    with pytest.raises(TypeError, match="input of float32 and out_backprop of float64 give float64"):
+        gradient(z, g.astype(float))
+    with pytest.raises(ValueError, match=r"input has shape \(1, 4, 4, 4, 3\)"):
+        forward.prepare(w)(g)
+    with pytest.raises(ValueError, match=r"out_backprop has shape \(1, 1, 1, 2, 3\)"):
+        gradient.prepare(w)
+    assert same_bits(gradient.prepare(g)(z), gradient(z, g))
+    for plan in (forward, gradient):
+        lines = str(plan).splitlines()
+        assert len({len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}) == 1

@@ -78,7 +78,7 @@ def plans_of(value, filter, workers=1, l2_bytes=None, **extra):
             if l2_bytes:
                 plan = make_plan(plan.problem, Machine(2, l2_bytes, 1 << 24), name, workers)
         except CannotLowerError:
-            assert name in ("kn2row", "winograd", "depthwise")
+            assert name in ("kn2row", "winograd")
         else:
             found[name] = plan
     assert {"auto", "col2im"} <= set(found)

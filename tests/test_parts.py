@@ -44,6 +44,7 @@ from test_relation import (
     random_problem,
 )
 
+from gemmconv import plan_conv3d_transpose
 from gemmconv.blas import small_products
 from gemmconv.lowerings import CannotLowerError
 from gemmconv.machine import Machine
@@ -740,6 +741,23 @@ def test_arguments_that_are_refused(on_blocks):
         assert same_bits(np.array(out), before)
     assert part(value.tolist(), filter, good) is good
     assert same_bits(good, plan(x, w)[part.box])
+
+
+def test_a_prepared_layer_that_is_read_where_blas_has_other_kernels(tmp_path):
+    """It is packed anew, since the schedule may be another one."""
+    rng = np.random.default_rng(17)
+    value, filter = (normal(rng, shape, np.dtype("f4")) for shape in ((1, 16, 16, 16, 64), (4, 4, 4, 64, 64)))
+    layer = plan_conv3d_transpose(value.shape, filter.shape, strides=2, algorithm="winograd").prepare(filter)
+    assert same_bits(pickle.loads(pickle.dumps(layer))(value), layer(value))
+    (tmp_path / "layer").write_bytes(pickle.dumps((layer, value)))
+    code = (
+        "import pickle, sys, numpy as np\n"
+        "layer, value = pickle.loads(open(sys.argv[1], 'rb').read())\n"
+        "assert np.array_equal(layer(value), layer.plan(value, layer.filter))\n"
+    )
+    own = {name: text for name, text in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    for environment in (own, own | {"OPENBLAS_CORETYPE": "Nehalem"}):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "layer")], env=environment, check=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
