@@ -57,9 +57,10 @@ def conv3d_transpose(
     out : ndarray, optional
         Where to write the result: of its shape, and of a dtype to which its dtype casts safely. If the call fails or is
         interrupted in mid-run, `out` may be partly written; a refused call leaves it as it was.
-    algorithm : {'auto', 'col2im', 'kn2row', 'winograd'}
-        The lowering. 'auto' takes the one that is estimated to be the fastest; 'col2im' can do every problem. Whole
-        numbers give the same bits with each, as long as their sums are exact; other data the same up to rounding.
+    algorithm : {'auto', 'col2im', 'kn2row', 'winograd', 'mec', 'depthwise'}
+        The lowering. 'auto' takes the one that is estimated to be the fastest; 'col2im' can do every problem, 'mec' is
+        meant for groups of few channels, and 'depthwise' can do those of one. Whole numbers give the same bits with
+        each, as long as their sums are exact; other data the same up to rounding.
     workers : int, optional
         Threads to use, at most the usable cores; negative numbers count from the end. None takes `set_workers`' value,
         else as many as BLAS is allowed. The result has the same bits for any number.
@@ -202,8 +203,7 @@ def conv3d(
     out, workers
         As in `conv3d_transpose`.
     algorithm : {'auto', 'im2col', 'kn2row', 'winograd', 'mec', 'depthwise'}
-        As in `conv3d_transpose`; 'im2col' can do every problem, 'mec' is meant for groups of few channels, and
-        'depthwise' can do those of one.
+        As in `conv3d_transpose`, but for 'im2col', which can do every problem.
 
     Returns
     -------

@@ -129,7 +129,7 @@ def boxes_for(plan: Plan, memory: int, dtypes: Sequence[np.dtype[Any]], stored: 
     # Windows of another dtype are there twice.
     share = max(1 + (dtype.itemsize / plan.dtype.itemsize if dtype != plan.dtype else 0) for dtype in dtypes)
     if memory <= fixed:
-        raise ValueError(f"{memory} bytes of memory are not enough: workspace and filter alone take {fixed}")
+        raise ValueError(f"memory={memory} bytes are not enough: workspace and filter alone take {fixed}")
     most = int((memory - fixed) / share)
     multiples = [range(0, size, chunk) for size, chunk in zip(plan.output_shape, stored or [1] * 5, strict=True)]
     common = [sorted({*of_axis} & {*cuts}) for of_axis, cuts in zip(multiples, plan.cuts, strict=True)]

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gemmconv import cli
+from gemmconv import cli, plan_conv3d_transpose
+from gemmconv.blas import small_products
+from gemmconv.machine import Machine
+from gemmconv.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +56,12 @@ def test_the_readme_names_one_test_command_that_ci_runs():
     """.ci/run takes it from there."""
     assert len(re.findall(r"^\$ .*-m pytest$", (ROOT / "README.md").read_text(), re.M)) == 1
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.skipif(not small_products(), reason="the plan that is shown has small products, which this BLAS packs")
+def test_the_plan_in_the_readme_is_as_it_is_printed():
+    """On two cores with 2 MiB of L2 cache each, as it says there."""
+    asked = plan_conv3d_transpose((1, 16, 16, 16, 128), (4, 4, 4, 64, 128), strides=2).problem
+    shown = re.search(r"^operation .*?(?=^```)", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert shown is not None
+    assert shown[0].rstrip("\n") == str(make_plan(asked, Machine(2, 2 << 20, 32 << 20), "auto", 2))
