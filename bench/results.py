@@ -32,7 +32,8 @@ CONVENTIONS = {
     "once, BLAS at one thread",
     "bytes": "operands and result, each once",
     "ratio": "the interquartile mean of the rounds' ratios of contender to subject: above 1 the subject is faster",
-    "interval": "bootstrap over rounds, both sides by the same ones, with the deviation from launch to launch added if there are several",
+    "interval": "bootstrap over rounds, both sides by the same ones, with the deviation from launch to launch added, "
+    "if there are several",
     "median_seconds": "the median of the visits' medians; a visit is warmed up, then timed for a few calls",
     "spread_fraction": "the interquartile range of the visits' medians over their median",
     "error_fraction": "the largest difference from the float64 result over its largest magnitude; what is above "

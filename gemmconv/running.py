@@ -222,6 +222,13 @@ def run(
 
     With an excerpt the operands and the result are windows, and NotFiniteError says that other lowerings must do them.
     """
+
+    def give_way() -> dict[str, float] | None:
+        if excerpt is not None:
+            raise NotFiniteError
+        complete = _complete(problem, machine)
+        return run(complete, problem, machine, workers, first, second, result, bias=bias, progress=progress)
+
     looking = profile.current()
     pack_s = time.perf_counter()
     shared: Packing | None = None
@@ -231,10 +238,7 @@ def run(
         packed = packing.packed(later=shared is not None)
     adds_zeros = schedule.wants_finite_value or adds_groups(schedule, problem)
     if not packed.usable or (adds_zeros and not is_finite(first)):
-        if excerpt is not None:
-            raise NotFiniteError
-        schedule, needed, shared = _complete(problem, machine), None, None
-        packed = pack(schedule, problem, second)
+        return give_way()
     pack_s = time.perf_counter() - pack_s
     # What a plan needs is known, and others are not run again; windows differ from call to call.
     again = needed is not None and excerpt is None
@@ -286,10 +290,7 @@ def run(
     run_s = time.perf_counter() - run_s
     _release(workspaces)
     if not finite:
-        if excerpt is not None:
-            raise NotFiniteError
-        complete = _complete(problem, machine)
-        return run(complete, problem, machine, workers, first, second, result, bias=bias, progress=progress)
+        return give_way()
     if needed.shares > 1:
         with np.errstate(all="ignore"):  # one after the other: a reduction's order depends on the shape
             np.add(outputs[0], outputs[1], result)

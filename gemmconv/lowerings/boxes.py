@@ -21,6 +21,13 @@ def each(size: int) -> list[Range]:
     return [(i, i + 1) for i in range(size)]
 
 
+def evenly(taps: Sequence[int]) -> slice:
+    """Return a slice of taps that are evenly apart, up or down."""
+    step = taps[1] - taps[0] if len(taps) > 1 else 1
+    stop = taps[-1] + (1 if step > 0 else -1)
+    return slice(taps[0], stop if stop >= 0 else None, step)
+
+
 class Box(NamedTuple):
     """Rows of the value: ranges of batch entries and of coarse positions in depth, height and width."""
 

@@ -395,8 +395,8 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
             share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
             depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
         cut = (*cuts, Cut(problem.cout, channels))
-        order = cut, tuple(groups), most
-        return ByTaps(problem, axes, found, lanes, joined, direct, gaps, *order, widens, depth, turned, gathers)
+        how = widens, depth, turned, gathers
+        return ByTaps(problem, axes, found, lanes, joined, direct, gaps, cut, tuple(groups), most, *how)
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]

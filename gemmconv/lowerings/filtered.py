@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
-from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, evenly
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s, read_s, unpacked_s
-from gemmconv.lowerings.minimal import Line, combine_rows, evenly, lines_of
+from gemmconv.lowerings.minimal import Line, combine_rows, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
 from gemmconv.lowerings.tiling import (

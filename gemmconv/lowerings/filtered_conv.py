@@ -18,9 +18,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
-from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit, evenly
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s, read_s, unpacked_s
-from gemmconv.lowerings.minimal import Line, combine_rows, evenly, lines_of
+from gemmconv.lowerings.minimal import Line, combine_rows, lines_of
 from gemmconv.lowerings.phases import phases
 from gemmconv.lowerings.products import Tiled, tile_columns, unpacked
 from gemmconv.lowerings.tiling import (
@@ -342,7 +342,7 @@ class FilteredConv(Tiling):
             [_start(axis, line) - first for line in lines]
             for axis, lines, first in zip(self.axes, family, self._first, strict=True)
         )
-        for runs in product(*map(_evenly, starts)):
+        for runs in product(*map(_even_runs, starts)):
             first = sum(start * step for (_, start, _), step in zip(runs, steps, strict=False))
             apart = [each * step for (*_, each), step in zip(runs, steps, strict=False)]
             which: Index = (..., *(phases_of for phases_of, *_ in runs), slice(None))
@@ -404,7 +404,7 @@ def _outside(box: Array, inside: Index) -> Iterator[Array]:
                 yield box[*inside[:axis], slab]
 
 
-def _evenly(starts: list[int]) -> list[tuple[slice, int, int]]:
+def _even_runs(starts: list[int]) -> list[tuple[slice, int, int]]:
     """Return runs of starts that are evenly apart: which, the first of them, and how far apart they are."""
     found, first = [], 0
     while first < len(starts):

@@ -62,7 +62,7 @@ _BLOCKS = range(2, 9)
 _SHARES, _MOST_SHARED, _LARGE_FILTER = 2, 1 << 18, 1 << 23
 _PIECES = (1, 2, 4)
 # Columns of tiles of a filter that has more.
-_TILES = (32,)
+_TILE = 32
 
 
 class Block(NamedTuple):
@@ -392,8 +392,9 @@ def schedule(problem: Problem, machine: Machine) -> Im2Col:
     every_rows = sorted({min(n, every) for n in (*_ROWS, *planes)})
     formed = [(False, 0)]
     if unpacked(problem):
-        wide = problem.layout == "NDHWC" and problem.cin > max(_TILES, default=0)
-        formed += [(True, columns) for columns in (0, *_TILES * wide)]
+        formed.append((True, 0))
+        if problem.layout == "NDHWC" and problem.cin > _TILE:
+            formed.append((True, _TILE))
     ways = [(order, *way) for order, way in product(orders(problem, axes[2]), formed)]
     found = [candidate(r, n, *way) for r in every_rows for n in parts for way in ways]
     for shares in share_counts(problem)[1:] if _is_direct(problem) else ():

@@ -26,7 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.blas import small_products
 from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Workspace, aligned, canonical, five, order
-from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, located
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, evenly, located
 from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,
@@ -440,11 +440,7 @@ def by_position(of: Mec, sizes: Sizes, lines: Array) -> Array:
 
 def _as_slice(taps: Sequence[int]) -> slice | Sequence[int]:
     """Return taps as a slice, of which NumPy makes no copy, if they are apart alike."""
-    step = taps[1] - taps[0] if len(taps) > 1 else 1
-    if any(b - a != step for a, b in pairwise(taps)):
-        return taps
-    stop = taps[-1] + step
-    return slice(taps[0], stop if stop >= 0 else None, step)
+    return evenly(taps) if len({b - a for a, b in pairwise(taps)}) < 2 else taps
 
 
 def candidates(problem: Problem) -> list[Mec]:

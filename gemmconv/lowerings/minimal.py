@@ -145,10 +145,3 @@ def _taps_matrix(first: int, second: int, dtype: np.dtype[Any]) -> Array:
     found: Array = np.kron(*(np.array(_COMBINED[taps], dtype) for taps in (first, second)))
     found.flags.writeable = False
     return found
-
-
-def evenly(taps: Sequence[int]) -> slice:
-    """Return a slice of taps of one line, which are evenly apart."""
-    step = taps[1] - taps[0] if len(taps) > 1 else 1
-    stop = taps[-1] + (1 if step > 0 else -1)
-    return slice(taps[0], stop if stop >= 0 else None, step)

@@ -31,7 +31,7 @@ _UNIT, _TALL, _WIDE_VECTORS, _STEP = 6, 4, 48, 400_000
 _KEPT, _PANEL, _LEAST = 1 << 19, 1 << 18, 128
 _PARTS = 1 << 18
 # The axes of a matrix in tiles.
-_TILES = 3
+_TILES_NDIM = 3
 # Products of lines of both operands: OpenBLAS has unpacked ones of up to 1200 results and of 32 values or more. Tiles
 # have fewer, as they can be one row and one column longer. Long lines make them small, which many rows do not bear.
 _RESULTS, _FEWEST, _WIDE = 1024, 8, 128
@@ -62,11 +62,11 @@ def tile(m: int, n: int, k: int, item: int, columns: int = 0) -> Tile:
     if not columns:
         deepest = k if n * k * item <= _KEPT else min(k, max(_LEAST, _PANEL // (n * item)))
         columns = n if n <= _UNCUT and few * n * deepest <= most else min(n, _COLUMNS)
-    depth = _even(k, max(1, min(deepest, most // (few * columns))))
+    depth = _even_length(k, max(1, min(deepest, most // (few * columns))))
     return Tile(rows_each(m, max(2, most // (columns * depth)), columns, n * depth), columns, depth)
 
 
-def _even(size: int, most: int) -> int:
+def _even_length(size: int, most: int) -> int:
     """Return the length of parts of at most so many; of equal ones, which are formed in one step, if few more do."""
     parts = -(-size // most)
     return -(-size // next((p for p in range(parts, 2 * parts) if size % p == 0), parts))
@@ -107,12 +107,12 @@ def multiply(a: Array, b: Array, out: Array, parts: Array, *, adds: bool = False
     b may lie in tiles, [tile, k, column]. `parts` has `parts_values` of memory.
     """
     (m, k), n, item = a.shape, out.shape[1], out.itemsize
-    widest = n if b.ndim == _TILES else _widest(item)
+    widest = n if b.ndim == _TILES_NDIM else _widest(item)
     if n > widest:
         for first, last in Cut(n, widest):
             multiply(a, b[:, first:last], out[:, first:last], parts, adds=adds)
         return
-    sizes = tile(m, n, k, item, b.shape[2] if b.ndim == _TILES else 0)
+    sizes = tile(m, n, k, item, b.shape[2] if b.ndim == _TILES_NDIM else 0)
     if not adds and sizes.depth >= k:
         _form(a, b, out[np.newaxis], sizes)
         return
@@ -159,7 +159,7 @@ def _form(a: Array, b: Array, out: Array, sizes: Tile) -> None:
     """Form products of as many parts of k as `out` has, of the same depth."""
     (m, k), n, p = a.shape, out.shape[2], len(out)
     for n0, n1, c in alike(n, sizes.columns):
-        if b.ndim == _TILES:
+        if b.ndim == _TILES_NDIM:
             right = b.reshape(c, p, k // p, -1).swapaxes(0, 1)[:, :, np.newaxis]
         else:
             right = b[:, n0:n1].reshape(p, k // p, c, -1).transpose(0, 2, 1, 3)[:, :, np.newaxis]
@@ -219,7 +219,7 @@ def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
 def multiply_few(a: Array, b: Array, out: Array) -> None:
     """Form the product of a small matrix a [m, k] and b [k, ..., n] in out [m, ..., n]; m and n are not 1."""
     n = b.shape[-1]
-    for start, stop, many in alike(n, _even(n, _most() // a.size)):
+    for start, stop, many in alike(n, _even_length(n, _most() // a.size)):
         right, to = (array[..., start:stop].reshape(*array.shape[:-1], many, -1) for array in (b, out))
         np.matmul(a, np.moveaxis(right, 0, -2), out=np.moveaxis(to, 0, -2))
 
