@@ -30,7 +30,7 @@ from gemmconv.lowerings.base import (
 )
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Index, Range, digit, located
 from gemmconv.lowerings.columns import Buffers, Columns, Piece, columns_values, formed_s, never_packed, turn
-from gemmconv.lowerings.copies import store
+from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import (
     ENOUGH_BLOCKS,
     SCATTERED_VALUE_S,
@@ -268,8 +268,14 @@ class ByTaps(AsItLies):
                 column = columns.buffer[: math.prod(step.shape)].reshape(step.shape)
                 for source, phase, to in step.moves:
                     cells = targets[phase][to]
+                    if not self.direct:
+                        np.add(column[source], cells, cells)
+                        continue
                     # Where nothing overlaps a zero is added for its sign: products that underflow give -0.0.
-                    np.add(column[source], start if self.direct else cells, cells)
+                    stored = column[source]
+                    np.add(stored, start, stored if problem.groups > 1 else cells)
+                    if problem.groups > 1:  # short runs are copied faster than added to
+                        copy(cells, stored)
                 workspace.mark("store" if self.direct else "col2im")
             if sums is not None:
                 self._store(output, block, depth, height, sums)

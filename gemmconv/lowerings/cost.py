@@ -44,6 +44,8 @@ _STEP_S, _PASS_STEP_S = 5e-6, 3e-6
 # which joins short loops.
 _VALUE_S, _RUN_S = 0.085e-9, 26e-9
 _BUFFERED_VALUE_S, _BUFFERED_RUN_S = 0.35e-9, 5e-9
+# A value multiplied and added to a sum by einsum, and each of its inner loops.
+_WEIGHED_VALUE_S, _WEIGHED_RUN_S = 0.18e-9, 22e-9
 # A value copied, and each inner loop of copies.
 _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
@@ -166,6 +168,11 @@ def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
     """Return the time to add values in inner loops of `run` values."""
     value_s, run_s = (_BUFFERED_VALUE_S, _BUFFERED_RUN_S) if run < SHORT_RUN else (_VALUE_S, _RUN_S)
     return _PASS_STEP_S + values * (value_s + run_s / max(1, run) + spilled * SPILLED_VALUE_S)
+
+
+def weighed_s(values: float, run: float, *, steps: int = 1) -> float:
+    """Return the time to multiply values by weights and add them up, in inner loops of `run` values."""
+    return steps * _PASS_STEP_S + values * (_WEIGHED_VALUE_S + _WEIGHED_RUN_S / max(1, run))
 
 
 def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:

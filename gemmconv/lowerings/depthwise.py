@@ -1,10 +1,10 @@
 """No GEMM: each tap multiplies whole runs of lines and adds them, where a result's channel sees one channel only.
 
 A product of matrices of one row and one column is none. With as many groups as channels the values of neighbouring
-channels and positions are multiplied by weights beside each other, in two passes of NumPy for each tap and block. A
-block's lines are copied to a grid with zeros around them, one for each phase where fine lines are gathered, so that
-every tap is another start in it; sums have the lines of the grid, and what is between lines is not stored. Weights are
-repeated to rows of about two thousand values, since NumPy is slow with shorter ones.
+channels and positions are multiplied by weights beside each other. A block's lines are copied to a grid with zeros
+around them, one for each phase where fine lines are gathered, so that every tap is another start in it. The starts of
+taps of a phase are evenly apart, so NumPy's einsum adds all of them up in one step, a row of about two thousand values
+at a time, for which weights are repeated. Sums have the lines of the grid, and what is between lines is not stored.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Workspace, aligned, canonical, five
-from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, located
+from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, evenly, located
 from gemmconv.lowerings.copies import copy, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, copy_s, pass_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, copy_s, pass_s, weighed_s
 from gemmconv.lowerings.phases import Along, slots, unreached
+from gemmconv.lowerings.recorder import step
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 
@@ -30,13 +32,14 @@ _POSITIONS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LONG_ROW = 2048
 
 
-class Tap(NamedTuple):
-    """A tap: which it is, the phase it reads, the slot it adds to, and where its run begins in the grid."""
+class Taps(NamedTuple):
+    """Taps of an axis that read the same phase of the grid, evenly apart: which, and from where."""
 
-    number: int
     phase: int
-    slot: int
+    which: slice
     start: int
+    apart: int
+    many: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +129,10 @@ class Depthwise(Usual):
         (rows, grid), (phases, many) = self.rows(longest), self._many
         values = rows * self.channels
         run = self.channels * self._together if self.problem.layout == "NDHWC" else rows
+        steps = sum(math.prod(map(len, of_slots)) for of_slots in product(*map(self._taps, self.along)))
+        taps = math.prod(sum(map(len, along.taps)) for along in self.along)
         # Runs so long are as fast from the cache behind L2.
-        total = len(self._taps(longest)) * 2 * pass_s(values, run)
+        total = weighed_s(taps * values, run, steps=steps) + max(0, steps - many) * pass_s(values, run)
         strided = self.problem.layout == "NCDHW" and self.along[2].axis.stride > 1
         line = self.channels if self.along[2].axis.stride > 1 else self.channels * longest[2]
         total += copy_s(2 * phases * grid * self.channels, line, steps=2 * phases, spilled=True, strided=strided)
@@ -137,17 +142,20 @@ class Depthwise(Usual):
     @property
     def reason(self) -> str:
         rows, _ = self.rows([cut.longest for cut in self.cuts])
-        return f"runs of {rows} rows times the weights of a tap, added up"
+        return f"runs of {rows} rows times the weights of their taps, added up"
 
-    def _taps(self, q: Sequence[int]) -> list[Tap]:
-        """Return the taps that reach anything."""
-        _, height, width = self.grid(q)
-        kernel, phases = zip(*((along.axis.kernel, len(along.offsets)) for along in self.along), strict=True)
+    def _taps(self, along: Along) -> list[list[Taps]]:
+        """Return of each slot of an axis the taps that land somewhere, together those that one step takes."""
+        # Of lines of one channel einsum would take neighbouring taps, not positions, for its inner loop.
+        alone = along is self.along[2] and self.problem.layout == "NCDHW"
         found = []
-        for slot, of_slots in enumerate(product(*(along.taps for along in self.along))):
-            for (i, z_d, a), (j, z_h, b), (k, z_w, c) in product(*of_slots):
-                number, phase = (a * kernel[1] + b) * kernel[2] + c, (i * phases[1] + j) * phases[2] + k
-                found.append(Tap(number, phase, slot, (z_d * height + z_h) * width + z_w))
+        for taps in along.taps:
+            parts = [[tap] for tap in taps] if alone else [list(part) for _, part in groupby(taps, key=itemgetter(0))]
+            columns = [tuple(zip(*part, strict=True)) for part in parts]
+            found.append([
+                Taps(phases[0], evenly(which), starts[0], starts[1] - starts[0] if len(starts) > 1 else 0, len(starts))
+                for phases, starts, which in columns
+            ])  # fmt: skip
         return found
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
@@ -163,23 +171,41 @@ class Depthwise(Usual):
         grid, sums = (workspace.take(*shape) for shape in shapes)
         products = workspace.take(*shapes[1][1:])
         self._fill(grid, operands.value, batch, spans)
-        # Sums that begin with 0 end as +0.0 where products are -0.0.
-        sums[...] = operands.start((0, channels), 1 if channels_first else 0)
         workspace.mark("pack")
-        weights = operands.packed.reshape(-1, self._together * channels)
-        for tap in self._taps(q):
-            if channels_first:
-                np.multiply(
-                    grid[tap.phase, :, tap.start : tap.start + rows], weights[tap.number, :, None], out=products
-                )
-            else:
-                row = (-1, self._together * channels)
-                source = grid[tap.phase, tap.start : tap.start + rows].reshape(row)
-                np.multiply(source, weights[tap.number], out=products.reshape(row))
-            np.add(sums[tap.slot], products, out=sums[tap.slot])
+        weights = operands.packed.reshape(*(along.axis.kernel for along in self.along), -1)
+        # [channel, tap, row], or [rows, tap, row and channel].
+        weights = np.moveaxis(weights, -1, 0)[..., np.newaxis] if channels_first else weights[np.newaxis]
+        for slot, of_slots in enumerate(product(*map(self._taps, self.along))):
+            # Sums of products that are -0.0 are +0.0, as they begin with 0.
+            begun = operands.bias is not None or not all(of_slots)
+            if begun:
+                sums[slot] = operands.start((0, channels), 1 if channels_first else 0)
+            for taps in product(*of_slots):
+                windows = self._windows(grid, rows, q, taps)
+                to = products if begun else sums[slot]
+                weigh(windows, weights[:, *(along.which for along in taps)], to.reshape(len(windows), -1))
+                if begun:
+                    np.add(sums[slot], products, out=sums[slot])
+                begun = True
         workspace.mark("gemm")
         self._store(sums, operands, batch, spans)
         workspace.mark("store")
+
+    def _windows(self, grid: Array, rows: int, q: Sequence[int], taps: Sequence[Taps]) -> Array:
+        """View a phase of the grid as what taps read of it: [channel, tap, row], or [rows, tap, row and channel]."""
+        depth, height, width = (len(along.offsets) for along in self.along)
+        source = grid[np.ravel_multi_index([of.phase for of in taps], (depth, height, width))]
+        _, height, width = self.grid(q)
+        apart = height * width, width, 1  # rows
+        if self.problem.layout == "NCDHW":
+            row, inner, outer = 1, rows, (self.channels, source.shape[1])
+        else:
+            row, inner = self.channels, self._together * self.channels
+            outer = rows // self._together, inner
+        start = sum(of.start * n for of, n in zip(taps, apart, strict=True))
+        steps = (outer[1], *(of.apart * n * row for of, n in zip(taps, apart, strict=True)), 1)
+        shape, strides = (outer[0], *(of.many for of in taps), inner), [n * source.itemsize for n in steps]
+        return np.lib.stride_tricks.as_strided(source.reshape(-1)[start * row :], shape, strides, subok=True)
 
     def _by_position(self, rows: Array, sizes: Sequence[int]) -> Array:
         """View rows as [depth, height, width, channel]."""
@@ -225,6 +251,12 @@ class Depthwise(Usual):
         row, channel = (item, rows.strides[0]) if self.problem.layout == "NCDHW" else (rows.strides[0], item)
         strides = height * width * row, width * row, row, channel
         return np.lib.stride_tricks.as_strided(rows, (*q, self.channels), strides, subok=True)
+
+
+@step
+def weigh(windows: Array, weights: Array, sums: Array) -> None:
+    """Write the sums of what taps read, [outer, tap, tap, tap, inner], times their weights."""
+    np.einsum("oabci,oabci->oi", windows, weights, out=sums)
 
 
 def schedule(problem: Problem, machine: Machine) -> Depthwise:

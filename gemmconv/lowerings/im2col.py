@@ -24,6 +24,7 @@ from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit, located
 from gemmconv.lowerings.by_rows import groups
 from gemmconv.lowerings.copies import need_finite, store
 from gemmconv.lowerings.cost import (
+    SHORT_RUN,
     SMALLEST_BUFFER,
     SPILLED_VALUE_S,
     best,
@@ -324,8 +325,13 @@ def share_counts(problem: Problem) -> list[int]:
 
 
 def _is_direct(problem: Problem) -> bool:
-    """Whether sums can be formed in the result; BLAS multiplies by a complex 1, which makes zeros of either sign."""
-    return problem.dtype.kind == "f" and problem.dtype == problem.compute_dtype and not too_far(problem)
+    """Whether sums can be formed in the result; BLAS multiplies by a complex 1, which makes zeros of either sign.
+
+    Passes over short runs of channels, with other groups' between them, take longer than a copy.
+    """
+    short = problem.groups > 1 and problem.layout == "NDHWC" and problem.cin < SHORT_RUN
+    plain = problem.dtype.kind == "f" and problem.dtype == problem.compute_dtype
+    return plain and not short and not too_far(problem)
 
 
 def columns_run(problem: Problem, w: Axis, taps: Range, tap_major: bool) -> float:
