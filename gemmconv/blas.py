@@ -30,8 +30,9 @@ _GEMV_SIGNATURE = re.compile(
     r"(?P=t) \*, (?P=i) \*, (?P=t) \*, (?P=t) \*, (?P=i) \*\)"
 )
 _BITS = {"int": 32, "int32_t": 32, "int64_t": 64, "npy_int64": 64, "long long": 64}
-# interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536) times GEMM_MULTITHREAD_THRESHOLD (4).
-_OPENBLAS_SERIAL_PRODUCTS = 262144
+# interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536, for complex numbers 16384) times GEMM_MULTITHREAD_THRESHOLD
+# (4).
+_OPENBLAS_SERIAL_PRODUCTS = {"f": 262144, "c": 65536}
 
 # kernel/x86_64/{s,d}gemm_small_kernel_permit_skylakex.c of OpenBLAS 0.3.17 and later: plain products up to 100^3.
 _SMALL_PRODUCTS = 1_000_000
@@ -87,7 +88,7 @@ class Gemm:
         self._gemm, self._gemv = path.gemm, path.gemv
         # BLAS threads gemv much earlier than GEMM: only products above GEMM's own limit may go there, whose callers
         # hold BLAS to one thread.
-        self._serial = serial_products()
+        self._serial = serial_products(dtype.kind)
         self._integers = Integers()
         self._scalars = np.array([0, 1], dtype)
         self._beta = self._scalars.ctypes.data
@@ -188,10 +189,13 @@ def largest_integer(dtype: np.dtype[Any]) -> int:
 
 
 @cache
-def serial_products() -> int:
-    """Return the m*n*k up to which BLAS is known to use one thread by itself; 0 where nothing is known."""
+def serial_products(kind: str = "f") -> int:
+    """Return the m*n*k up to which BLAS is known to use one thread by itself; 0 where nothing is known.
+
+    `kind` is that of the dtype: 'f' or 'c'.
+    """
     apis = {pool["internal_api"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
-    return _OPENBLAS_SERIAL_PRODUCTS if apis == {"openblas"} else 0
+    return _OPENBLAS_SERIAL_PRODUCTS[kind] if apis == {"openblas"} else 0
 
 
 @cache

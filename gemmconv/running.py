@@ -171,7 +171,7 @@ class Needs(NamedTuple):
 
 def needs(schedule: Schedule) -> Needs:
     """Return what a schedule needs."""
-    limit = schedule.largest_product > serial_products()
+    limit = schedule.largest_product > serial_products(schedule.problem.compute_dtype.kind)
     return Needs(largest_first(schedule), schedule.workspace_bytes, limit, shares_of(schedule), Tapes(schedule))
 
 

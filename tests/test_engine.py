@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import threadpoolctl
 from oracle import dtype_named, integers, same_bits
 
 import gemmconv
@@ -546,6 +547,31 @@ def test_one_row_goes_by_gemv_or_einsum(name, far, monkeypatch):
             assert (c[[0, -1]] == 77).all()
         # Rows of the second matrix that are long are left to gemv, and complex numbers.
         assert len(called) == (0 if far and b_transposed and dtype.kind == "f" else 2)
+
+
+@pytest.mark.parametrize("name", ["complex64", "complex128"])
+def test_complex_products_are_serial_up_to_a_quarter_of_real_ones(name):
+    """Beyond BLAS would use its threads, which changes bits: a call that forms such products holds it."""
+    rng = np.random.default_rng(17)
+    plan = plan_conv3d_transpose(
+        (1, 7, 2, 4, 16), (3, 3, 3, 8, 16), strides=2, dtype=name, algorithm="col2im", workers=1
+    )
+    assert blas.serial_products("c") < plan.schedule.largest_product <= max(1, blas.serial_products())
+    x, w = (rng.standard_normal((*shape, 2)) @ [1, 1j] for shape in plan.problem.operand_shapes)
+    x, w = x.astype(name), w.astype(name)
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        want = plan(x, w)
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        assert same_bits(plan(x, w), want)
+    for m, n, k in ((16, 64, 63), (40, 40, 40)):
+        a, b, c = (np.zeros(size, name) for size in ((m, k), (n, k), (m, n)))
+        a[:], b[:] = (rng.standard_normal((*array.shape, 2)) @ [1, 1j] for array in (a, b))
+        found = []
+        for number in (1, 2):
+            with threadpoolctl.threadpool_limits(number, "blas"):
+                blas.Gemm(c.dtype)(m, n, k, a.ctypes.data, k, False, b.ctypes.data, k, True, c.ctypes.data, n)
+            found.append(c.copy())
+        assert same_bits(*found)
 
 
 def test_gemm_refuses_what_its_integers_cannot_hold():
