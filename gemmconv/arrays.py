@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemmconv import results
+from gemmconv.quiet import quiet
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -105,8 +106,12 @@ def converted(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return an operand C-contiguous, aligned and native in a dtype: itself, or one converted copy."""
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative:
         return array if type(array) is np.ndarray else array.view(np.ndarray)
-    with np.errstate(all="ignore"):
-        return np.require(np.asarray(array), dtype, ("C", "A"))
+    return _required(np.asarray(array), dtype)
+
+
+@quiet
+def _required(array: Array, dtype: np.dtype[Any]) -> Array:
+    return np.require(array, dtype, ("C", "A"))
 
 
 class Unread(np.ndarray[Any, Any]):
@@ -212,10 +217,14 @@ def _leaf_types(function: str, name: str, given: list[Any] | tuple[Any, ...]) ->
 
 def _weak(function: str, name: str, given: Any, dtype: np.dtype[Any]) -> Array:
     try:
-        with np.errstate(all="ignore"):
-            return np.asarray(given, dtype)
+        return _cast(given, dtype)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{function}: {name} cannot be made an array of {dtype}: {error}") from error
+
+
+@quiet
+def _cast(given: Any, dtype: np.dtype[Any]) -> Array:
+    return np.asarray(given, dtype)
 
 
 def _with_kind(dtype: np.dtype[Any], weak: Array) -> np.dtype[Any]:

@@ -6,14 +6,16 @@ or an accelerator of their own. The engine's own lowerings form columns in block
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from gemmconv import arrays, problem
+from gemmconv.arrays import Array
 from gemmconv.problem import Axis
+from gemmconv.quiet import quiet
 
 Index = tuple[Any, ...]
 
@@ -150,10 +152,15 @@ def col2im(
     shape = problem.in_layout(layout, batch, sizes, channels)
     problem.check_bytes(function, "result", shape, given.dtype)
     result = np.zeros(shape, np.float32 if given.dtype.itemsize == 2 else given.dtype)
-    with np.errstate(all="ignore"):
-        for from_, at in _taps(axes, layout):
-            result[at] += given[from_]
-        return result.astype(given.dtype, copy=False)
+    return _folded(result, given, _taps(axes, layout))
+
+
+@quiet
+def _folded(result: Array, columns: Array, taps: Iterable[tuple[Index, Index]]) -> Array:
+    """Add columns to a result where their taps land, and round it to their dtype."""
+    for from_, at in taps:
+        result[at] += columns[from_]
+    return result.astype(columns.dtype, copy=False)
 
 
 def _layout(function: str, name: str, shape: tuple[int, ...], each: int, data_format: Any) -> str:

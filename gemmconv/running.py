@@ -30,6 +30,7 @@ from gemmconv.lowerings.copies import is_finite
 from gemmconv.lowerings.tape import Tapes
 from gemmconv.machine import Machine, usable_cores
 from gemmconv.problem import Problem, Role
+from gemmconv.quiet import quiet
 
 Progress = Callable[[int, int], None]
 # Bytes of a packed filter of which each worker does a part.
@@ -87,17 +88,15 @@ class Packing:
         self._ready.acquire()
         self._failed = False
 
+    @quiet
     def do(self, part: int = 0, parts: int = 1, workspace: Workspace | None = None) -> None:
         """Do one of so many parts."""
-        if not self.needed:
-            return
-        with np.errstate(all="ignore"):
-            for group, to in enumerate(self._values):
-                filter = of_group(self._schedule.problem, "filter", self._second, group)
-                if workspace is None:
-                    self._schedule.pack(filter, to)
-                else:
-                    pack_part(self._schedule, filter, to, part, parts, workspace)
+        for group, to in enumerate(self._values if self.needed else ()):
+            filter = of_group(self._schedule.problem, "filter", self._second, group)
+            if workspace is None:
+                self._schedule.pack(filter, to)
+            else:
+                pack_part(self._schedule, filter, to, part, parts, workspace)
 
     def join(self, does: Callable[[int, int], None]) -> bool:
         """Do the parts that nobody has begun, wait for the others, and return whether all are done.
@@ -292,11 +291,16 @@ def run(
     if not finite:
         return give_way()
     if needed.shares > 1:
-        with np.errstate(all="ignore"):  # one after the other: a reduction's order depends on the shape
-            np.add(outputs[0], outputs[1], result)
-            for share in outputs[2:]:
-                np.add(result, share, result)
+        _add_up(outputs, result)
     return _account([clock for clock in clocks if clock], pack_s, run_s) if looking else None
+
+
+@quiet
+def _add_up(shares: Sequence[Array], result: Array) -> None:
+    """Add shares of a result one after the other: a reduction's order would depend on the shape."""
+    np.add(shares[0], shares[1], result)
+    for share in shares[2:]:
+        np.add(result, share, result)
 
 
 def _of_shares(

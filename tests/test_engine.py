@@ -668,9 +668,9 @@ def test_imports_go_one_way():
     """The cli -> nn, compat, stored -> calls -> plan -> part -> running -> lowerings -> problem, blas, machine."""
     package = Path(gemmconv.__file__).parent
     ranks = {
-        "problem": 0, "machine": 0, "blas": 0, "results": 0, "newfile": 0, "demo": 0, "profile": 0, "arrays": 1,
-        "threads": 1, "parts": 1, "journal": 1, "files": 1, "lowerings": 2, "running": 3, "part": 4, "plan": 5,
-        "calls": 6, "config": 6, "columns": 6, "stored": 6, "nn": 7, "compat": 7, "dask": 8, "__init__": 8,
+        "problem": 0, "machine": 0, "blas": 0, "results": 0, "newfile": 0, "demo": 0, "profile": 0, "quiet": 0,
+        "arrays": 1, "threads": 1, "parts": 1, "journal": 1, "files": 1, "lowerings": 2, "running": 3, "part": 4,
+        "plan": 5, "calls": 6, "config": 6, "columns": 6, "stored": 6, "nn": 7, "compat": 7, "dask": 8, "__init__": 8,
         "cli": 9, "__main__": 10,
     }  # fmt: skip
     seen = set()

@@ -23,7 +23,8 @@ import pytest
 import scipy.linalg.cython_blas
 import threadpoolctl
 
-from gemmconv import threads
+from gemmconv import arrays, threads
+from gemmconv.lowerings.copies import is_finite
 from gemmconv.threads import get_workers, resolve_workers, run, set_workers
 
 LIBRARIES = [lib for lib in threadpoolctl.ThreadpoolController().lib_controllers if lib.user_api == "blas"]
@@ -890,6 +891,22 @@ def test_an_interrupt_before_any_bytecode_of_the_caller(limit_blas, fresh_pool, 
     done = []
     run(lambda index, slot: done.append(index), 20, 4)
     assert sorted(done) == list(range(20))
+
+
+@pytest.mark.parametrize("convert", [arrays.converted, lambda array, dtype: is_finite(array)])
+def test_an_interrupt_leaves_what_numpy_does_about_errors(convert):
+    """Where the calling thread computes, floating point errors are ignored, before and after any bytecode."""
+    before = np.geterr()
+    quiet = arrays._required, is_finite
+    for step in itertools.count():
+        try:
+            with interrupted_at(step, convert, *quiet, *(function.__wrapped__ for function in quiet)):
+                convert(np.ones(3, np.float32), np.dtype(float))
+        except KeyboardInterrupt:
+            assert np.geterr() == before
+        else:
+            break
+    assert step > 20
 
 
 def test_a_second_interrupt_before_any_bytecode_of_the_wait(monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 from gemmconv.lowerings.base import ALIGNMENT, Array, NotFiniteError
 from gemmconv.lowerings.recorder import step
 from gemmconv.problem import Problem
+from gemmconv.quiet import quiet
 
 # Bytes of a run that NumPy copies faster as one item.
 _SHORT_BYTES = 512
@@ -19,11 +20,11 @@ _INFINITE = {4: (0x7F800000, 0xFF800000), 8: (0x7FF0000000000000, 0xFFF000000000
 _FAR, _LINE = 1 << 23, 64
 
 
+@quiet
 def is_finite(array: Array) -> bool:
     """Whether no value is Inf or NaN; False too where only their sum overflows."""
     dtype = np.float32 if array.dtype.itemsize == 2 else array.dtype
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
+    return bool(np.isfinite(np.add.reduce(array, axis=None, dtype=dtype)))
 
 
 def need_finite(*arrays: Array) -> None:
