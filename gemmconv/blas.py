@@ -30,9 +30,9 @@ _GEMV_SIGNATURE = re.compile(
     r"(?P=t) \*, (?P=i) \*, (?P=t) \*, (?P=t) \*, (?P=i) \*\)"
 )
 _BITS = {"int": 32, "int32_t": 32, "int64_t": 64, "npy_int64": 64, "long long": 64}
-# interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536, for complex numbers 16384) times GEMM_MULTITHREAD_THRESHOLD
-# (4).
-_OPENBLAS_SERIAL_PRODUCTS = {"f": 262144, "c": 65536}
+# interface/gemm.c of OpenBLAS: SMP_THRESHOLD_MIN (65536) times GEMM_MULTITHREAD_THRESHOLD (4). Complex products that
+# were seen to use one thread: up to 32768 with 0.3.26, up to 65535 with 0.3.30.
+_OPENBLAS_SERIAL_PRODUCTS = {"f": 262144, "c": 32768}
 
 # kernel/x86_64/{s,d}gemm_small_kernel_permit_skylakex.c of OpenBLAS 0.3.17 and later: plain products up to 100^3.
 _SMALL_PRODUCTS = 1_000_000

@@ -444,12 +444,14 @@ class Plan:
         bias: Array | None = None,
     ) -> Array:
         """Compute the result for checked operands; `function` is named where `out` is refused."""
+        begun: list[bool] = []
         try:
-            return self._execute(function, value, filter, out, progress, packed, bias)
+            return self._execute(function, value, filter, out, progress, packed, bias, begun)
         except MemoryError:
-            if not results.clear():
+            # Blocks may have written to `out`, which may be an operand, and `progress` may have raised it.
+            if begun or not results.clear():
                 raise
-        return self._execute(function, value, filter, out, progress, packed, bias)
+        return self._execute(function, value, filter, out, progress, packed, bias, begun)
 
     def _execute(
         self,
@@ -460,6 +462,7 @@ class Plan:
         progress: Progress | None,
         packed: Packed | None,
         bias: Array | None,
+        begun: list[bool],
     ) -> Array:
         start_s = time.perf_counter()
         looking, problem = profile.current(), self.problem
@@ -481,6 +484,7 @@ class Plan:
                 bias=bias,
                 packed=packed,
                 progress=progress,
+                begun=begun,
             )
         copy_s = time.perf_counter()
         if target is not None and target is not result:

@@ -38,8 +38,8 @@ class _Lease:
 
     def __del__(self, idle: dict[int, Array] = _idle, most: int = MOST_IDLE_BYTES, many: int = _MOST_IDLE) -> None:
         # Defaults, since the module's names may be gone when Python exits.
-        memory = self._memory
-        if memory.nbytes > most:
+        memory = getattr(self, "_memory", None)  # none if an interrupt came before
+        if memory is None or memory.nbytes > most:
             return
         idle[id(memory)] = memory
         while len(idle) > many or sum(kept.nbytes for kept in list(idle.values())) > most:

@@ -216,17 +216,21 @@ def run(
     packed: Packed | None = None,
     progress: Progress | None = None,
     excerpt: Excerpt | None = None,
+    begun: list[bool] | None = None,
 ) -> dict[str, float] | None:
     """Compute a result for converted operands; return the worker-seconds by phase if the call is looked at.
 
     With an excerpt the operands and the result are windows, and NotFiniteError says that other lowerings must do them.
+    `begun` gets an item before the first block.
     """
 
     def give_way() -> dict[str, float] | None:
         if excerpt is not None:
             raise NotFiniteError
         complete = _complete(problem, machine)
-        return run(complete, problem, machine, workers, first, second, result, bias=bias, progress=progress)
+        return run(
+            complete, problem, machine, workers, first, second, result, bias=bias, progress=progress, begun=begun
+        )
 
     looking = profile.current()
     pack_s = time.perf_counter()
@@ -279,6 +283,8 @@ def run(
         if clock:
             clock("overhead")
 
+    if begun is not None:
+        begun.append(True)
     run_s = time.perf_counter()
     finite = True
     try:
