@@ -17,17 +17,6 @@ from gemmconv.quiet import quiet
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-# The functions that gemmconv.dask has.
-LAZY = (
-    "conv1d",
-    "conv1d_transpose",
-    "conv2d",
-    "conv2d_transpose",
-    "conv3d",
-    "conv3d_backprop_filter_v2",
-    "conv3d_transpose",
-    "conv_transpose",
-)
 _PYTHON_NUMBERS = (int, float, complex)
 # Asking a dtype for its name takes longer than a small product.
 _NATIVE = frozenset(np.dtype(name) for name in SUPPORTED if name != "bfloat16")
@@ -183,10 +172,11 @@ def _array(function: str, name: str, given: Any) -> tuple[Array, bool]:
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError(f"{function}: {name} is a masked array, whose mask would be lost; call .filled(0) on it first")
     if hasattr(given, "__dask_graph__"):
+        # Of all that is named here TensorFlow's functions begin so, and gemmconv.dask has just those.
+        takes = f"gemmconv.dask.{function} takes it, or " if function.startswith("conv") else ""
         raise TypeError(
             f"{function}: {name} is a lazy array ({type(given).__qualname__}), which is not computed silently; "
-            + (f"gemmconv.dask.{function} takes it, or call " if function in LAZY else "call ")
-            + ".compute() on it first"
+            f"{takes}call .compute() on it first"
         )
     if given is None:
         raise TypeError(f"{function}: {name} is required, got None")
