@@ -193,8 +193,8 @@ class Depthwise(Usual):
 
     def _windows(self, grid: Array, rows: int, q: Sequence[int], taps: Sequence[Taps]) -> Array:
         """View a phase of the grid as what taps read of it: [channel, tap, row], or [rows, tap, row and channel]."""
-        depth, height, width = (len(along.offsets) for along in self.along)
-        source = grid[np.ravel_multi_index([of.phase for of in taps], (depth, height, width))]
+        phases = [len(along.offsets) for along in self.along]
+        source = grid[np.ravel_multi_index([of.phase for of in taps], phases)]
         _, height, width = self.grid(q)
         apart = height * width, width, 1  # rows
         if self.problem.layout == "NCDHW":
