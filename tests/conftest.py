@@ -61,8 +61,7 @@ def tape_checked(monkeypatch):
         played = recording.recording()
         played = played._replace(tape=played.tape.joined())
         bound = other.bound[id(played.tape)] = tape.Bound(played.tape, other)
-        for made in bound._made:
-            made[:] = SENTINEL
+        bound.made[:] = SENTINEL
         assert played.tape.strides == other.strides
         tape.play(played, other)
         found, want = (bits(getattr(of, to)) for of in (second, first))

@@ -188,8 +188,30 @@ def test_each_worker_has_what_is_made_for_itself():
     for _ in range(3):
         for workspace in workspaces:
             tapes.run(0, operands_of(rng), workspace)
-    first, second = (next(iter(workspace.bound.values()))._made[0] for workspace in workspaces)
+    first, second = (next(iter(workspace.bound.values())).made for workspace in workspaces)
     assert not np.shares_memory(first, second)
+
+
+def test_what_blocks_make_takes_memory_once():
+    """However many plans a workspace has served."""
+
+    def makes(values, mine, operands, workspace):
+        twice, made = np.empty(values, F4), np.empty(4, F4)
+        np.copyto(twice[:4], operands.value[mine])
+        np.add(twice[:4], operands.filter[mine], out=made)
+        np.add(twice[:4], made, out=operands.output[mine])
+
+    rng = np.random.default_rng(9)
+    workspace, sizes = Workspace(256, F4), [50, 100, 30, 1000, 4, 999, 600]
+    for values in sizes:
+        tapes = tape.Tapes(Schedule(partial(makes, values)))
+        for _ in range(4):
+            operands = operands_of(rng)
+            tapes.run(0, operands, workspace)
+            assert same_bits(operands.output[:4], 2 * operands.value[:4] + operands.filter[:4])
+    assert len(workspace.bound) == len(sizes)
+    memories = {id(bound.made.base): bound.made.base for bound in workspace.bound.values()}
+    assert sum(memory.nbytes for memory in memories.values()) < 2 * 4 * max(sizes) + 2048
 
 
 def test_phases_of_what_is_played():

@@ -45,6 +45,7 @@ class Workspace:
         self.strides: list[tuple[int, ...]] = []
         self.held: dict[str, Hashable] = {}
         self.bound: dict[int, Any] = {}  # what tape.py keeps
+        self._beside = np.empty(0, np.uint8)
         self.size = size
         self.gemm = Gemm(dtype)
         self.clock: Clock | None = None
@@ -70,6 +71,14 @@ class Workspace:
     def scratch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Return a new array for values between two steps, beside the memory that counts."""
         return np.empty(shape, dtype)
+
+    def beside(self, size: int) -> Array:
+        """Return bytes for values between two steps of a recorded block: the same for all blocks, while they suffice."""
+        if self._beside.size < size:
+            # What has been bound to the former ones keeps them: as they double, no more than the last ones.
+            raw = np.empty(max(size, 2 * self._beside.size) + ALIGNMENT, np.uint8)
+            self._beside = raw[-raw.ctypes.data % ALIGNMENT :]
+        return self._beside[:size]
 
     def buffer(self, values: int) -> None:
         """Set the size of the buffer in which NumPy casts, for the rest of a block."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from gemmconv.blas import Integers, memory_at
-from gemmconv.lowerings.base import Operands, Schedule, Workspace, address, pack_part
+from gemmconv.lowerings.base import Operands, Schedule, Workspace, address, aligned, pack_part
 from gemmconv.lowerings.recorder import CannotRecordError, Recorder, Recording, bounds_of
 from gemmconv.lowerings.steps import Place, Step, Tape, located
 
@@ -139,8 +139,10 @@ class Bound:
     def __init__(self, tape: Tape, workspace: Workspace) -> None:
         self.tape, self.size = tape, tape.size
         operands = len(tape.strides)
-        self._made = [np.empty(size, np.uint8) for size in tape.made]
-        self._memory: list[Any] = [workspace.at, *[None] * operands, *map(address, self._made)]
+        starts = [0, *accumulate(map(aligned, tape.made))]
+        self.made = workspace.beside(starts[-1])
+        made = [address(self.made) + start for start in starts[:-1]]
+        self._memory: list[Any] = [workspace.at, *[None] * operands, *made]
         self._patches: list[list[tuple[list[Any], int, Place]]] = [[] for _ in range(operands)]
         self._at = [0] * operands
         self._keys: list[Hashable] = []
