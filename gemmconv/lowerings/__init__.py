@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from gemmconv.lowerings import (
     col2im,
-    correlate,
     depthwise,
     exact,
     gradient,
@@ -40,7 +39,6 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
     },
     "conv3d_backprop_filter": {
         "im2col": gradient.schedule,
-        "kn2row": correlate.schedule,
         "mec": mec_gradient.schedule,
     },
 }

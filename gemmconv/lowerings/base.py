@@ -73,7 +73,7 @@ class Workspace:
         return np.empty(shape, dtype)
 
     def beside(self, size: int) -> Array:
-        """Return bytes for values between two steps of a recorded block: the same for all blocks, while they suffice."""
+        """Return bytes for values between two steps of a recorded block: for all blocks the same while they suffice."""
         if self._beside.size < size:
             # What has been bound to the former ones keeps them: as they double, no more than the last ones.
             raw = np.empty(max(size, 2 * self._beside.size) + ALIGNMENT, np.uint8)

@@ -14,8 +14,6 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
-
 from gemmconv.blas import Integers, memory_at
 from gemmconv.lowerings.base import Operands, Schedule, Workspace, address, aligned, pack_part
 from gemmconv.lowerings.recorder import CannotRecordError, Recorder, Recording, bounds_of
