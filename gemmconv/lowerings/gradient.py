@@ -107,7 +107,8 @@ class Gradient(AsItLies):
     def _parts(self) -> int:
         """The values that parts of unpacked products take."""
         k, item = self.deep * self.problem.cout, self.problem.compute_dtype.itemsize
-        return parts_values(k, self.channels.longest, self.rows, item, True) if self.unpacked else 0
+        turned = not self.tap_major
+        return parts_values(k, self.channels.longest, self.rows, item, True, turned=turned) if self.unpacked else 0
 
     @property
     def reason(self) -> str:
@@ -187,6 +188,7 @@ class Gradient(AsItLies):
                     as_strided(sums, (k, n), (ld_sums * item, item), subok=True),
                     parts,
                     adds=True,
+                    turned=not self.tap_major,
                 )
             elif channels_first:
                 gemm(k, n, m, windows.address, m, False, address(part), ld, True, to, ld_sums, True)

@@ -29,6 +29,9 @@ _UNIT, _TALL, _WIDE_VECTORS, _STEP = 6, 4, 48, 400_000
 # Bytes of B that stay in cache while all rows are multiplied: one with more is cut along k, in lines as they lie, to a
 # least depth, and then to columns. Bytes of parts that are formed in one step.
 _KEPT, _PANEL, _LEAST = 1 << 19, 1 << 18, 128
+# The most lines of an A whose columns are its lines, which may lie where they push each other out of the caches. It is
+# of sums that are added to, whose parts have memory in any case: columns of B are not cut instead of k.
+_MOST_LINES = 1024
 _PARTS = 1 << 18
 # The axes of a matrix in tiles.
 _TILES_NDIM = 3
@@ -52,16 +55,17 @@ def unpacked(problem: Problem) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def tile(m: int, n: int, k: int, item: int, columns: int = 0) -> Tile:
+def tile(m: int, n: int, k: int, item: int, columns: int = 0, *, turned: bool = False) -> Tile:
     """Return the sizes of small products for one of m by n by k of values of `item` bytes.
 
-    B lies in tiles of `columns`, or as a matrix if that is 0.
+    B lies in tiles of `columns`, or as a matrix if that is 0. With `turned` the columns of A are its lines.
     """
     most, few = _most(), min(m, _ROWS)
-    deepest = k
+    deepest = min(k, _MOST_LINES) if turned else k
     if not columns:
-        deepest = k if n * k * item <= _KEPT else min(k, max(_LEAST, _PANEL // (n * item)))
-        columns = n if n <= _UNCUT and few * n * deepest <= most else min(n, _COLUMNS)
+        if n * k * item > _KEPT:
+            deepest = min(deepest, max(_LEAST, _PANEL // (n * item)))
+        columns = n if n <= _UNCUT and (turned or few * n * deepest <= most) else min(n, _COLUMNS)
     depth = _even_length(k, max(1, min(deepest, most // (few * columns))))
     return Tile(rows_each(m, max(2, most // (columns * depth)), columns, n * depth), columns, depth)
 
@@ -89,30 +93,32 @@ def rows_each(m: int, most: int, columns: int, values: int) -> int:
     return min(range(most, most // 2, -1), key=rows_s)
 
 
-def parts_of(m: int, n: int, k: int, item: int, adds: bool, columns: int = 0) -> int:
+def parts_of(m: int, n: int, k: int, item: int, adds: bool, columns: int = 0, *, turned: bool = False) -> int:
     """Return in how many parts a product is formed that are added; `adds` says that it is added to what is there."""
-    parts = -(-k // tile(m, n, k, item, columns).depth)
+    parts = -(-k // tile(m, n, k, item, columns, turned=turned).depth)
     return parts if adds or parts > 1 else 0
 
 
-def parts_values(m: int, n: int, k: int, item: int, adds: bool = False, columns: int = 0) -> int:
+def parts_values(
+    m: int, n: int, k: int, item: int, adds: bool = False, columns: int = 0, *, turned: bool = False
+) -> int:
     """Return the values that such parts take, as many as are formed in one step."""
     n = n if columns else min(n, _widest(item))
-    return m * n * min(parts_of(m, n, k, item, adds, columns), max(1, _PARTS // (m * n * item)))
+    return m * n * min(parts_of(m, n, k, item, adds, columns, turned=turned), max(1, _PARTS // (m * n * item)))
 
 
-def multiply(a: Array, b: Array, out: Array, parts: Array, *, adds: bool = False) -> None:
+def multiply(a: Array, b: Array, out: Array, parts: Array, *, adds: bool = False, turned: bool = False) -> None:
     """Form the product of a [m, k] and b [k, n] in out [m, n], or add it to what is there; m and n are not 1.
 
-    b may lie in tiles, [tile, k, column]. `parts` has `parts_values` of memory.
+    b may lie in tiles, [tile, k, column]. `parts` has `parts_values` of memory. With `turned` a's columns are lines.
     """
     (m, k), n, item = a.shape, out.shape[1], out.itemsize
     widest = n if b.ndim == _TILES_NDIM else _widest(item)
     if n > widest:
         for first, last in Cut(n, widest):
-            multiply(a, b[:, first:last], out[:, first:last], parts, adds=adds)
+            multiply(a, b[:, first:last], out[:, first:last], parts, adds=adds, turned=turned)
         return
-    sizes = tile(m, n, k, item, b.shape[2] if b.ndim == _TILES_NDIM else 0)
+    sizes = tile(m, n, k, item, b.shape[2] if b.ndim == _TILES_NDIM else 0, turned=turned)
     if not adds and sizes.depth >= k:
         _form(a, b, out[np.newaxis], sizes)
         return
