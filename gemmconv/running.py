@@ -256,7 +256,7 @@ def run(
     clocks = [profile.Clock() if looking else None for _ in workspaces]
     for workspace, clock in zip(workspaces, clocks, strict=True):
         workspace.clock = clock
-    needed.tapes.begin()
+    needed.tapes.begin(problem.flops)
     run_block = needed.tapes.run if again else needed.tapes.run_once
     done = itertools.count(1)
 

@@ -302,6 +302,13 @@ def test_a_call_records_some_blocks_and_later_ones_the_others(counts, monkeypatc
         for block in (0, 1):
             tapes.run(block, operands_of(rng), workspace)
         assert counts["recorded"] == (2, 3, 4, 4)[i]
+    monkeypatch.setattr(tape, "_FLOPS_A_STEP", 10)
+    tapes, workspace = tape.Tapes(Schedule(adds)), Workspace(256, F4)
+    for i in range(3):
+        tapes.begin(60)  # six steps
+        for block in (0, 1):
+            tapes.run(block, operands_of(rng), workspace)
+        assert counts["recorded"] == (4, 6, 6)[i]
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ _MOST_BOUND = 1 << 14
 _MOST_BLOCKS = 1 << 14
 # The most bytes that packing may make for itself beside a workspace: each worker would keep them.
 _MOST_MADE = 1 << 18
-# After so many a call records no further block, as recording a step takes longer than the step.
+# After so many a call records no further block, as recording a step takes longer than the step: 20 microseconds, which
+# are a tenth to a fifth of a call of so many FLOP for each.
 STEPS_A_CALL = 256
+_FLOPS_A_STEP = 10_000_000
 
 Call = tuple[Callable[..., Any], list[Any]]
 Does = Callable[[Operands, Workspace], None]
@@ -44,9 +46,9 @@ class Tapes:
         self._now = STEPS_A_CALL
         self._plays_packing = True
 
-    def begin(self) -> None:
-        """Begin a call, which may record some blocks more."""
-        self._now = STEPS_A_CALL
+    def begin(self, flops: int = 0) -> None:
+        """Begin a call of so many FLOP, which may record some blocks more."""
+        self._now = max(STEPS_A_CALL, flops // _FLOPS_A_STEP)
 
     def run(self, block: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of the output."""
