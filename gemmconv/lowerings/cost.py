@@ -30,6 +30,8 @@ _CONFLICTING, _MISALIGNED = 1.1, 1.1
 # What small products of a matrix B as it lies take more than of one packed to tiles: where its lines are longer than
 # those of a tile, where it does not stay in cache, and where they are a page apart.
 _TILE_VALUES, _LONG_LINES, _KEPT_VALUES, _NOT_KEPT, _PAGE, _PAGES_APART = 64, 1.15, 1 << 17, 1.4, 4096, 1.3
+# What they take more of a matrix A whose columns are its lines, where it has more of them than stay in the first cache.
+_KEPT_LINES, _LINES_NOT_KEPT = 512, 1.1
 # A value of rows that GEMM packs to form columns [tap, row], of few taps.
 _PACKED_ROW_S = 0.55e-9
 # A value of a matrix that is read once, from memory.
@@ -106,12 +108,14 @@ def gemm_s(m: float, n: float, k: float, *, spilled: bool = False, tap_major: bo
     return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
 
 
-def unpacked_s(m: float, n: float, k: float, parts: int = 0, *, apart: int = 0) -> float:
+def unpacked_s(m: float, n: float, k: float, parts: int = 0, *, apart: int = 0, turned: bool = False) -> float:
     """Return the time of a product that is not packed, in one step and one more for each part that is added.
 
-    `apart` are values from line to line of B as it lies, of four bytes; 0 if it is packed to tiles.
+    `apart` are values from line to line of B as it lies, of four bytes; 0 if it is packed to tiles. With `turned` the
+    columns of A are its lines.
     """
     product_s = 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
+    product_s *= _LINES_NOT_KEPT if turned and k > _KEPT_LINES else 1
     if apart:
         product_s *= _NOT_KEPT if n * k > _KEPT_VALUES else _LONG_LINES if apart > _TILE_VALUES else 1
         product_s *= 1 if apart * 4 % _PAGE else _PAGES_APART

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, address, canonical, five, must_widen
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit
 from gemmconv.lowerings.copies import store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, unpacked_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, unpacked_s
 from gemmconv.lowerings.im2col import columns_run, orders, row_cuts, strided, tap_boxes
 from gemmconv.lowerings.products import LARGEST, multiply, parts_values, unpacked
 from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, phases_apart, rearranges, workspace_bytes
@@ -123,6 +123,8 @@ class Gradient(AsItLies):
         runs = math.prod(map(len, self.cuts))
         rows = problem.batch * math.prod(problem.coarse) / runs
         n = problem.cin / len(self.channels)
+        # Each box of taps reads the coarse array.
+        far = math.prod(problem.coarse_shape) * problem.compute_dtype.itemsize > machine.l2_bytes
         total, moved = 0.0, rearranges(problem, w, self.tap_major)
         for box in self.taps:
             many = [stop - start for start, stop in box]
@@ -134,9 +136,10 @@ class Gradient(AsItLies):
                 strided=strided(w, self.tap_major, self.grid),
             )
             if self.unpacked:
-                each += unpacked_s(k, n, rows, 1, apart=problem.pitch)
+                each += unpacked_s(k, n, rows, 1, apart=problem.pitch, turned=not self.tap_major)
             else:
                 each += gemm_s(k, n, rows)
+            each += rows * n * SPILLED_VALUE_S * far
             if self.grid:
                 positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)
                 each += copy_s(positions * problem.cout, w.fine, spilled=True, strided=moved)
