@@ -27,9 +27,9 @@ _MOST_BLOCKS = 1 << 14
 # The most bytes that packing may make for itself beside a workspace: each worker would keep them.
 _MOST_MADE = 1 << 18
 # After so many a call records no further block, as recording a step takes longer than the step: 20 microseconds, which
-# are a tenth to a fifth of a call of so many FLOP for each.
+# are two fifths of a call of so many FLOP for each.
 STEPS_A_CALL = 256
-_FLOPS_A_STEP = 10_000_000
+_FLOPS_A_STEP = 5_000_000
 
 Call = tuple[Callable[..., Any], list[Any]]
 Does = Callable[[Operands, Workspace], None]
