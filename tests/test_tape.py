@@ -282,6 +282,25 @@ def test_of_too_many_steps_a_schedule_is_run_as_it_is(counts, monkeypatch):
     assert schedule.runs == 6
 
 
+def test_one_worker_records_at_a_time(counts):
+    """Two would wait for each other in Python's lock; the other one runs its block as it is written."""
+    rng = np.random.default_rng(19)
+    mine, others = Workspace(256, F4), Workspace(256, F4)
+
+    def meets(of, operands, workspace):
+        if isinstance(workspace, recorder.Recorder) and of.start == 0:
+            tapes.run(1, operands_of(rng), others)
+            assert counts["recorded"] == 0
+        adds(of, operands, workspace)
+
+    tapes = tape.Tapes(Schedule(meets))
+    for block in (0, 1, 0):
+        tapes.run(block, operands_of(rng), mine)
+    assert counts["recorded"] == 1
+    tapes.run(1, operands_of(rng), others)
+    assert counts == {"recorded": 2, "played": 0}
+
+
 def test_a_call_records_some_blocks_and_later_ones_the_others(counts, monkeypatch):
     monkeypatch.setattr(tape, "STEPS_A_CALL", 5)
     rng = np.random.default_rng(17)

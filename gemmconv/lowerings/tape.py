@@ -45,10 +45,12 @@ class Tapes:
         self._left = MOST_STEPS
         self._now = STEPS_A_CALL
         self._plays_packing = True
+        self._busy = False  # a worker records, for which another one would wait in Python's lock
 
     def begin(self, flops: int = 0) -> None:
         """Begin a call of so many FLOP, which may record some blocks more."""
         self._now = max(STEPS_A_CALL, flops // _FLOPS_A_STEP)
+        self._busy = False
 
     def run(self, block: int, operands: Operands, workspace: Workspace) -> None:
         """Compute one block of the output."""
@@ -71,14 +73,18 @@ class Tapes:
         workspace.begin(operands)
         if found is not None and found.tape.strides == workspace.strides:
             play(found, workspace)
-        elif found is None and key in self._recordings and min(self._left, self._now) > 0 and _lie_apart(operands):
+        elif found is None and key in self._recordings and self._may_record() and _lie_apart(operands):
             self._record(key, does, operands, workspace)
         else:
             does(operands, workspace)
             if self._left > 0 and len(self._recordings) < _MOST_BLOCKS:
                 self._recordings.setdefault(key, None)
 
+    def _may_record(self) -> bool:
+        return min(self._left, self._now) > 0 and not self._busy
+
     def _record(self, key: Hashable, does: Does, operands: Operands, workspace: Workspace) -> None:
+        self._busy = True
         recorder = Recorder(workspace, operands, self._left)
         try:
             does(recorder.operands, recorder)
@@ -101,6 +107,7 @@ class Tapes:
                 self._left -= found.tape.size
             self._recordings[key] = found._replace(tape=tape)
         finally:
+            self._busy = False
             recorder.close()
 
     def _give_up(self, key: Hashable) -> None:
