@@ -564,3 +564,10 @@ def test_reports_list_the_candidates():
             assert f"{plan.packed_bytes / 2**20:.2f} MiB a packed filter" in str(plan)
             chosen.add(plan.algorithm)
     assert chosen == set(WITHOUT_GROUPS)
+
+
+@pytest.mark.parametrize("operation", sorted(LOWERINGS))
+def test_docstrings_name_the_algorithms_that_there_are(operation):
+    function = {"conv3d_backprop_filter": "conv3d_backprop_filter_v2"}.get(operation, operation)
+    named = re.search(r"algorithm : \{(.*)\}", getattr(gemmconv, function).__doc__)
+    assert named[1].split(", ") == [repr(name) for name in ("auto", *LOWERINGS[operation])]
