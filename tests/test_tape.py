@@ -122,7 +122,8 @@ def test_from_the_third_call_on_blocks_are_played_with_other_operands(operation,
         assert same_bits(call("f4", *arrays), want)
         used = ["recorded", "played"][i > 1]
         assert (counts[used] > 0) == (i > 0)
-        assert sum(counts.values()) == counts[used]
+        # What one of two workers does while the other one records is recorded by a later call.
+        assert sum(counts.values()) == counts[used] or (workers == 2 and i > 0)
 
 
 def test_a_bias_is_recorded_by_itself(counts):
