@@ -32,12 +32,16 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def _aligned_bytes(size: int) -> Array:
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    return raw[-raw.ctypes.data % ALIGNMENT :][:size]
+
+
 class Workspace:
     """Memory of one worker for one call, handed out from the start for each block, its GEMM, and its clock if any."""
 
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
-        raw = np.empty(size + ALIGNMENT, np.uint8)
-        self._memory = raw[-raw.ctypes.data % ALIGNMENT :][:size]
+        self._memory = _aligned_bytes(size)
         self.at = address(self._memory)
         self.used = 0
         self._operands: Operands | None = None
@@ -76,8 +80,7 @@ class Workspace:
         """Return bytes for values between two steps of a recorded block: for all blocks the same while they suffice."""
         if self._beside.size < size:
             # What has been bound to the former ones keeps them: as they double, no more than the last ones.
-            raw = np.empty(max(size, 2 * self._beside.size) + ALIGNMENT, np.uint8)
-            self._beside = raw[-raw.ctypes.data % ALIGNMENT :]
+            self._beside = _aligned_bytes(max(size, 2 * self._beside.size))
         return self._beside[:size]
 
     def buffer(self, values: int) -> None:

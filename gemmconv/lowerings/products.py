@@ -29,10 +29,10 @@ _UNIT, _TALL, _WIDE_VECTORS, _STEP = 6, 4, 48, 400_000
 # Bytes of B that stay in cache while all rows are multiplied: one with more is cut along k, in lines as they lie, to a
 # least depth, and then to columns. Bytes of parts that are formed in one step.
 _KEPT, _PANEL, _LEAST = 1 << 19, 1 << 18, 128
+_PARTS = 1 << 18
 # The most lines of an A whose columns are its lines, which may lie where they push each other out of the caches. Such
 # products are added to sums, so parts of k have memory in any case, and k is cut rather than the columns of B.
 _MOST_LINES = 1024
-_PARTS = 1 << 18
 # The axes of a matrix in tiles.
 _TILES_NDIM = 3
 # Products of lines of both operands: OpenBLAS has unpacked ones of up to 1200 results and of 32 values or more. Tiles

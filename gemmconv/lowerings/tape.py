@@ -26,8 +26,8 @@ _MOST_BOUND = 1 << 14
 _MOST_BLOCKS = 1 << 14
 # The most bytes that packing may make for itself beside a workspace: each worker would keep them.
 _MOST_MADE = 1 << 18
-# After so many a call records no further block, as recording a step takes longer than the step: 20 microseconds, which
-# are two fifths of a call of so many FLOP for each.
+# After so many a call records no further block, as recording a step takes longer than the step: 20 microseconds. With
+# one for each so many FLOP a call takes up to twice as long.
 STEPS_A_CALL = 256
 _FLOPS_A_STEP = 5_000_000
 
@@ -45,7 +45,7 @@ class Tapes:
         self._left = MOST_STEPS
         self._now = STEPS_A_CALL
         self._plays_packing = True
-        self._busy = False  # a worker records, for which another one would wait in Python's lock
+        self._busy = False  # a block is recorded, for which another worker that records would wait in Python's lock
 
     def begin(self, flops: int = 0) -> None:
         """Begin a call of so many FLOP, which may record some blocks more."""
@@ -73,15 +73,16 @@ class Tapes:
         workspace.begin(operands)
         if found is not None and found.tape.strides == workspace.strides:
             play(found, workspace)
-        elif found is None and key in self._recordings and self._may_record() and _lie_apart(operands):
+        elif found is None and key in self._recordings and self._may_record(key) and _lie_apart(operands):
             self._record(key, does, operands, workspace)
         else:
             does(operands, workspace)
             if self._left > 0 and len(self._recordings) < _MOST_BLOCKS:
                 self._recordings.setdefault(key, None)
 
-    def _may_record(self) -> bool:
-        return min(self._left, self._now) > 0 and not self._busy
+    def _may_record(self, key: Hashable) -> bool:
+        # For parts of the filter the others wait in any case.
+        return min(self._left, self._now) > 0 and (isinstance(key, tuple) or not self._busy)
 
     def _record(self, key: Hashable, does: Does, operands: Operands, workspace: Workspace) -> None:
         self._busy = True
