@@ -145,7 +145,7 @@ class Plan:
             return 0
         of = self.schedule.problem
         made = self.schedule.packed_values * of.groups
-        if of.operation != self.problem.operation or running.adds_groups(self.schedule, self.problem):
+        if running.adds_groups(self.schedule, self.problem):
             made += math.prod(of.filter_shape)
         return made * self.problem.compute_dtype.itemsize
 

@@ -1,9 +1,8 @@
 """The running of a schedule: its filter packed, workspaces for its workers, its blocks on threads, its time by phase.
 
 A schedule does one group; here it is run for all of them. It may be of another problem than was asked, of equal result:
-a transposed convolution of a mirrored filter for a convolution of stride 1, or several groups as one, with zeros in the
-filter between them. Workspaces are kept for later calls. This module chooses nothing but what follows from data: a
-schedule that would spread Inf or NaN gives way to one that is right for all data.
+several groups as one, with zeros in the filter between them. Workspaces are kept for later calls. This module chooses
+nothing but what follows from data: a schedule that would spread Inf or NaN gives way to one that is right for all data.
 """
 
 from __future__ import annotations
@@ -72,11 +71,8 @@ class Packing:
     def __init__(self, schedule: Schedule, problem: Problem, second: Array, workers: int = 1) -> None:
         of = schedule.problem
         self._schedule, self._looked_at = schedule, schedule.wants_finite_filter
-        if problem.roles[1] == "filter":
-            if of.operation != problem.operation:
-                second = mirrored(second, problem.groups)
-            if adds_groups(schedule, problem):
-                second, self._looked_at = merged(second, problem.groups, problem.groups // of.groups), True
+        if problem.roles[1] == "filter" and adds_groups(schedule, problem):
+            second, self._looked_at = merged(second, problem.groups, problem.groups // of.groups), True
         self._second = second
         self._values = results.empty((of.groups, schedule.packed_values), problem.compute_dtype)
         self.needed = self._values.size > 0
@@ -130,13 +126,6 @@ class Packing:
 def adds_groups(schedule: Schedule, problem: Problem) -> bool:
     """Whether a schedule does several groups as one, with zeros in the filter between them."""
     return schedule.problem.groups != problem.groups and not isinstance(schedule, OfGroups)
-
-
-def mirrored(filter: Array, groups: int) -> Array:
-    """Return the filter of the transposed convolution that equals a convolution: taps turned, channels swapped."""
-    *kernel, fine, coarse = filter.shape
-    taps = filter[::-1, ::-1, ::-1].reshape(*kernel, fine, groups, coarse // groups)
-    return np.ascontiguousarray(taps.transpose(0, 1, 2, 5, 4, 3)).reshape(*kernel, coarse // groups, groups * fine)
 
 
 def merged(filter: Array, groups: int, together: int) -> Array:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import relation
 from oracle import rounded, same_bits
-from test_filtered import MACHINE, _buffer, _known, check_blocks, plan_of  # noqa: F401  two are fixtures
 from test_lowerings import told
 from test_relation import operands, run
+from test_winograd import MACHINE, _buffer, _known, check_blocks, plan_of  # noqa: F401  two are fixtures
 
 from gemmconv import blas, running
 from gemmconv.lowerings import by_planes, by_rows, by_taps, columns, copies, im2col, landed, products

@@ -152,8 +152,9 @@ def random_problem(rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_random_problems(dtype):
+def test_random_problems(dtype, monkeypatch):
     """Kernels of 1 to 5, strides of 1 to 3, large and small caches, one and two workers: the oracle's bits."""
+    monkeypatch.setattr("gemmconv.lowerings.tiling._POSITIONS", (8, 64))  # several blocks of small problems
     rng = np.random.default_rng([500, DTYPES.index(dtype)])
     count, many = dict.fromkeys(WITHOUT_GROUPS, 0), dict.fromkeys(WITHOUT_GROUPS, 0)
     for i in range(110):
@@ -437,20 +438,22 @@ def test_prepare_names_the_filter(given):
         plan.prepare(np.ones((2, 2, 2, 1, 1), given))
 
 
-@pytest.mark.parametrize("kernel", [(1, 1, 1), (5, 4, 5), (1, 1, 3)])
-def test_winograd_says_what_it_cannot(kernel):
-    """No axis with 2 or 3 neighbouring taps: the kernel is in the text, and 'auto' computes it."""
+@pytest.mark.parametrize(
+    ("kernel", "strides"), [((1, 1, 1), (1, 1, 1)), ((2, 3, 1), (2, 3, 1)), ((1, 2, 2), (1, 4, 3))]
+)
+def test_winograd_says_what_it_cannot(kernel, strides):
+    """No axis with several taps a phase: kernel and strides are in the text, and 'auto' computes it."""
     value, filter = np.ones((1, 6, 6, 6, 2), np.float32), np.ones((*kernel, 3, 2), np.float32)
-    auto = plan_conv3d_transpose(value.shape, filter.shape)
+    auto = plan_conv3d_transpose(value.shape, filter.shape, strides=strides)
     for ask in (conv3d_transpose, plan_conv3d_transpose):
         arguments = (value, filter) if ask is conv3d_transpose else (value.shape, filter.shape)
         with pytest.raises(CannotLowerError) as caught:
-            ask(*arguments, algorithm="winograd")
-        text = str(caught.value)
-        asked = "got kernel {}x{}x{}, strides 1x1x1, dilations 1x1x1; 'col2im' and 'auto' can$".format(*kernel)
-        assert re.search(asked, text)
+            ask(*arguments, strides=strides, algorithm="winograd")
+        sizes = "got kernel {}x{}x{}, strides {}x{}x{}, dilations 1x1x1".format(*kernel, *strides)
+        assert re.search(f"{sizes}; 'col2im' and 'auto' can$", str(caught.value))
     assert dict(auto.estimates)["winograd"] is None
-    assert same_bits(auto(value, filter), oracle.conv3d_transpose(value, filter).astype(np.float32))
+    want = oracle.conv3d_transpose(value, filter, strides=strides)
+    assert same_bits(auto(value, filter), want.astype(np.float32))
 
 
 def test_winograd_says_that_a_filter_is_too_large():

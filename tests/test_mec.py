@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import relation
 from oracle import rounded, same_bits
-from test_filtered import AXES, MACHINE, _buffer, check_blocks, plan_of  # noqa: F401  one is a fixture
 from test_lowerings import UNIT, check_cells, told
 from test_relation import LAYOUTS, ONE, operands, run
+from test_winograd import AXES, MACHINE, _buffer, check_blocks, plan_of  # noqa: F401  one is a fixture
 
 from gemmconv.lowerings import CannotLowerError, base, mec, mec_gradient, products
 from gemmconv.machine import Machine

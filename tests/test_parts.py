@@ -91,7 +91,7 @@ def forced(rng, problem, name, workers=1):
     """Return a plan by a lowering, with any schedule of those it compares, on a machine with small caches; or None."""
     l2_bytes = int(rng.choice([128, 1024, 1 << 13, 1 << 16]))
     with pytest.MonkeyPatch.context() as patch:
-        for where in ("plan", "lowerings.cost", "lowerings.winograd", "lowerings.winograd_conv"):
+        for where in ("plan", "lowerings.cost", "lowerings.tiling"):
             patch.setattr(f"gemmconv.{where}.total_s", lambda *_: rng.random() + 0.1)
         for more in (1, 8, 64, 512):
             try:

@@ -386,7 +386,7 @@ WORDS = [
         )
         for bad in (0, True, b"NDHWC", ["NDHWC"])
     ],
-    Case("algorithm", {"algorithm": "winograd"}, ValueError, ["algorithm", "winograd", "auto", "col2im"]),
+    Case("algorithm", {"algorithm": "depthwise"}, ValueError, ["algorithm", "depthwise", "auto", "col2im"]),
     Case("algorithm-case", {"algorithm": "COL2IM"}, ValueError, ["algorithm", "COL2IM", "auto", "col2im"]),
     Case("algorithm-empty", {"algorithm": ""}, ValueError, ["algorithm", "auto", "col2im"]),
     Case("algorithm-none", {"algorithm": None}, (TypeError, ValueError), ["algorithm", "None", "auto", "col2im"]),

@@ -1,4 +1,4 @@
-"""What kn2row and winograd share: grids of rows, the taps of one GEMM, slots of width that are stored together.
+"""What kn2row is made of: grids of rows, the taps of one GEMM, slots of width that are stored together.
 
 A grid holds a block's rows of the value, with zeros around them, so that every tap is a shift. This module chooses
 nothing.

@@ -14,15 +14,15 @@ arXiv:1509.09308.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv import results
 from gemmconv.lowerings.base import Array
+from gemmconv.lowerings.boxes import Range
 from gemmconv.lowerings.phases import phases
 from gemmconv.problem import Axis
 
@@ -37,7 +37,7 @@ _COMBINED = {
 
 
 class Line(NamedTuple):
-    """The taps of one phase (slot) along the filtered axis, in the order of the rows they need."""
+    """Taps of one phase (slot) along the filtered axis, in the order of the rows they need."""
 
     slot: int
     taps: tuple[int, ...]
@@ -55,37 +55,32 @@ class Line(NamedTuple):
         return self.points if len(self.taps) > 1 else 1
 
 
-def lines_of(axis: Axis, *, gathers: bool = False, most: int = _MOST_TAPS, results: int = RESULTS) -> tuple[Line, ...]:
-    """Return the taps of every phase of an axis, or nothing where minimal filtering does not fit them or gains nothing.
+def lines_of(axis: Axis, *, gathers: bool = False, results: int = RESULTS) -> tuple[Line, ...]:
+    """Return the taps of every phase of an axis, or nothing where minimal filtering gains nothing.
 
-    Taps of all phases are as far apart. With `gathers` the rows are those that a convolution takes.
+    Many taps of a phase are several lines, whose sums are added up. With `gathers` rows are those that a convolution
+    takes.
     """
-    found = []
-    for i, phase in enumerate(phases(axis)):
-        taps = sorted((shift if gathers else -shift, tap) for tap, shift in phase.taps)
-        found.append((i, tuple(tap for _, tap in taps), [row for row, _ in taps]))
-    steps = {b - a for _, _, rows in found for a, b in pairwise(rows)}
-    if len(steps) > 1 or (not steps and results > 1) or max((len(taps) for _, taps, _ in found), default=0) > most:
+    longest = max((len(phase.taps) for phase in phases(axis)), default=0)
+    if results > 1 and longest < RESULTS:
         return ()
-    apart = max(steps, default=1)
-    return tuple(Line(i, taps, rows[0], apart, results) for i, taps, rows in found)
+    apart = axis.dilation // math.gcd(axis.dilation, axis.stride) if longest > 1 else 1
+    lines = []
+    for slot, phase in enumerate(phases(axis)):
+        rows, taps = zip(*sorted((shift if gathers else -shift, tap) for tap, shift in phase.taps), strict=True)
+        for first, last in _pieces(len(taps)) if results > 1 else [(0, len(taps))]:
+            lines.append(Line(slot, taps[first:last], rows[first], apart, results))
+    return tuple(lines)
 
 
-def combine_taps(g: Sequence[Array], u: Array) -> None:
-    """Combine taps, in the order of their rows, to a filter for each point; a single tap stays as it is."""
-    np.copyto(u[0], g[0], casting="unsafe")
-    if len(g) == 1:
-        return
-    np.copyto(u[1], g[-1], casting="unsafe")
-    if len(g) == RESULTS:
-        np.subtract(u[1], u[0], out=u[2])
-        return
-    np.add(u[0], u[1], out=u[3])
-    u[3] *= 0.5
-    half = results.empty(u[2].shape, u.dtype)
-    np.multiply(g[1], u.dtype.type(0.5), out=half)
-    np.subtract(u[3], half, out=u[2])
-    u[3] += half
+def _pieces(taps: int) -> Iterator[Range]:
+    """Yield the pieces in which taps are filtered: of three, or of two rather than of a single one at the end."""
+    first = 0
+    while first < taps:
+        left = taps - first
+        last = first + (left if left <= _MOST_TAPS else 2 if left == 4 else _MOST_TAPS)
+        yield first, last
+        first = last
 
 
 def combine_rows(x: Sequence[Array], v: Sequence[Array]) -> None:
@@ -104,20 +99,10 @@ def combine_rows(x: Sequence[Array], v: Sequence[Array]) -> None:
         np.add(x[1], x[2], out=v[3])
 
 
-def combine_sums(z: Sequence[Array]) -> None:
-    """Combine the sums of the points to the two results of every tile, in place of the first two."""
-    if len(z) > RESULTS:
-        z[0] += z[2]
-        z[1] -= z[2]
-    if len(z) > RESULTS + 1:
-        z[0] += z[3]
-        z[1] += z[3]
-
-
 def sums_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
     """Return the matrix that combines the sums of points [point, point] to results, and adds one row more to each.
 
-    It holds 0, 1 and -1 only: products with it round no other than `combine_sums`.
+    It holds 0, 1 and -1 only: products with it round no other than additions.
     """
     return _sums_matrix((first.results, first.points), (second.results, second.points), dtype)
 

@@ -38,6 +38,18 @@ def phases(axis: Axis) -> tuple[Phase, ...]:
     return tuple(phase for phase in found if phase.taps)
 
 
+def one_phase(axis: Axis) -> tuple[Axis, range]:
+    """Return the fine positions of a phase as an axis of stride 1, and which they are, if taps reach no other phase.
+
+    Otherwise the axis and all positions.
+    """
+    if axis.kernel > 1 and axis.dilation % axis.stride:
+        return axis, range(axis.fine)
+    read = range(-axis.lo % axis.stride, axis.fine, axis.stride)
+    dilation, lo = max(1, axis.dilation // axis.stride), -(-axis.lo // axis.stride)
+    return Axis(axis.coarse, len(read), axis.kernel, 1, dilation, lo), read
+
+
 def tiles(axis: Axis) -> tuple[Phase, ...]:
     """Return the one phase of an axis whose kernel is a multiple of its stride: `stride` lanes behind each q."""
     base, before = divmod(axis.lo, axis.stride)

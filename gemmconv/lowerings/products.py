@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemmconv.blas import small_products
-from gemmconv.lowerings.base import Array
+from gemmconv.blas import Gemm, serial_products, small_products
+from gemmconv.lowerings.base import Array, address
 from gemmconv.lowerings.boxes import Cut
 from gemmconv.problem import Problem
 
@@ -185,6 +185,24 @@ def tile_columns(cut: Cut, k: int) -> int:
     return 0
 
 
+class ByGemm:
+    """As `Tiled`, by GEMM: a call for each of a stack, which may add to what is there."""
+
+    __slots__ = ("_a", "_adds", "_gemm", "_out")
+
+    def __init__(self, gemm: Gemm, a: Array, out: Array, *, adds: bool) -> None:
+        self._gemm, self._a, self._out, self._adds = gemm, a, out, adds
+
+    def __call__(self, tiles: Array) -> None:
+        (*stack, m, k), (many, _, _, n), item = self._a.shape, tiles.shape[-4:], self._a.itemsize
+        filters = np.broadcast_to(tiles[..., 0, :, :], (*stack, many, k, n), subok=True)
+        lda, ldc = (array.strides[-2] // item if m > 1 else array.shape[-1] for array in (self._a, self._out))
+        for at in np.ndindex(*stack):
+            a, out = address(self._a[at]), address(self._out[at])
+            for i, tile in enumerate(filters[at]):
+                self._gemm(m, n, k, a, lda, False, address(tile), n, False, out + i * n * item, ldc, self._adds)
+
+
 class Tiled:
     """The product of a [m, k] and a matrix [tile, k, column] in out [m, tile * column], of arrays that stay in place.
 
@@ -224,8 +242,9 @@ def multiply_tiles(a: Array, tiles: Array, out: Array) -> None:
 
 def multiply_few(a: Array, b: Array, out: Array) -> None:
     """Form the product of a small matrix a [m, k] and b [k, ..., n] in out [m, ..., n]; m and n are not 1."""
-    n = b.shape[-1]
-    for start, stop, many in alike(n, _even_length(n, _most() // a.size)):
+    n, kind = b.shape[-1], a.dtype.kind
+    most = (_most() if kind == "f" else 0) or serial_products(kind) or n * a.size
+    for start, stop, many in alike(n, _even_length(n, most // a.size)):
         right, to = (array[..., start:stop].reshape(*array.shape[:-1], many, -1) for array in (b, out))
         np.matmul(a, np.moveaxis(right, 0, -2), out=np.moveaxis(to, 0, -2))
 

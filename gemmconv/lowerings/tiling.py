@@ -1,4 +1,4 @@
-"""Minimal filtering with products that BLAS does not pack: what both of its schedules share.
+"""Minimal filtering: what both of its schedules share.
 
 Four axes are done, the last two of them filtered; batch entries are one of them. Arrays lie [point, point, u, v, place,
 place, channel], where places are those of tiles; cells, of which rows are combined, have even and odd places of a
@@ -11,29 +11,33 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from gemmconv.lowerings.base import Array, Operands, Usual, Workspace, aligned, canonical, five
+from gemmconv.blas import Gemm
+from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Workspace, aligned, canonical, five
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
 from gemmconv.lowerings.copies import as_items, copy_turned, item_size, need_finite, store
-from gemmconv.lowerings.cost import pass_s
+from gemmconv.lowerings.cost import gemm_s, pass_s, read_s, total_s, unpacked_s
 from gemmconv.lowerings.minimal import RESULTS, Line, sums_matrix, taps_matrix
-from gemmconv.lowerings.products import LARGEST, multiply_few
+from gemmconv.lowerings.products import LARGEST, ByGemm, Tiled, multiply_few, tile_columns, unpacked
+from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
 # Positions of a block and cuts of the output channels and the last axis that are weighed; channels are not cut below
-# WIDE.
+# _WIDE.
 _POSITIONS = (256, 512, 1024, 2048, 4096)
-PARTS = (1, 2, 4, 8)
+_PARTS = (1, 2, 4, 8)
 _PIECES = (1, 2)
-WIDE = 64
+_WIDE = 64
 # What a step costs beside its work: Python, and with several workers the time to be woken when another one was in
 # Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
 STEP_S = 7e-6
-# The most workspace of a worker, in L2 caches: few large steps are faster than all in cache.
-MOST_WORKSPACE = 12
+# The most workspace of a worker, in L2 caches: few large steps are faster than all in cache. The most bytes of a packed
+# filter: with many channels and few rows combining taps costs more than products.
+_MOST_WORKSPACE = 12
+_MOST_PACKED = 32 << 20
 # Bytes of a filter that are packed together: large steps are faster than small ones in cache.
 _PACKED_TOGETHER = 1 << 22
 
@@ -60,9 +64,60 @@ class Tiling(Usual, ABC):
     along: tuple[int, ...]  # the filtered axes
     axes: tuple[Axis, Axis, Axis, Axis]
     cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of q, of tiles and of the channels
-    columns: int  # of the filter's tiles
+    columns: int  # of the filter's tiles for small products, 0 if GEMM forms them
 
-    largest_product = LARGEST
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """How many tiles the filter has, and their columns; of GEMM's one for the channels of a block."""
+        columns = self.columns or self.cuts[4].longest
+        return self.cuts[4].size // columns, columns
+
+    def tiles_of(self, channels: Range) -> slice:
+        """Return the tiles of a block's channels."""
+        _, columns = self.tiles
+        return slice(channels[0] // columns, channels[1] // columns)
+
+    @property
+    @abstractmethod
+    def units(self) -> tuple[int, int, int, int]:
+        """By how many positions blocks are cut."""
+
+    @property
+    def largest_product(self) -> int:
+        if self.columns:
+            return LARGEST
+        return self._rows * self.cuts[4].longest * max(shape[-2] for shape in self.packed_shapes)
+
+    def described(self, how: str) -> str:
+        """Return what was decided."""
+        names = " and ".join(("depth", "height", "width")[i - 1] for i in self.along)
+        rows, channels = self._rows * self._results, self.cuts[4]
+        text = f"small products of up to {rows} rows together" if self.columns else f"GEMMs of up to {self._rows} rows"
+        cut = f", {channels.longest} of {channels.size} channels" if len(channels) > 1 else ""
+        return f"{how} along {names}, {text}{cut}, filter packed"
+
+    @property
+    def _rows(self) -> int:
+        """The most rows of a point."""
+        q = [cut.longest * unit for cut, unit in zip(self.cuts, self.units, strict=False)]
+        return int(math.prod(q) // self._results)
+
+    @property
+    def _results(self) -> int:
+        """How many results a tile has, for each distance between rows."""
+        return 1 << len(self.along)
+
+    def _products_s(self, taps: int, added: int, points: int, filters: int, rows: float, k: int) -> float:
+        """Return the time of the products of so many taps, some of which are added to sums: of all points, m by n by k.
+
+        `rows` are those of a point, and so many filters are read.
+        """
+        n = self.cuts[4].size / len(self.cuts[4])
+        if not self.columns:
+            lines = self.cuts[0].size / len(self.cuts[0]) if self.axes[1].kernel > 1 else 1
+            return taps * points * lines * gemm_s(rows / lines, n, k)
+        each = unpacked_s(points * rows, n, k) + read_s(filters * n * k, self.packed_values) + STEP_S
+        return taps * each + added * (pass_s(points * rows * n, points * rows * n) + STEP_S)
 
     @property
     def count(self) -> int:
@@ -77,6 +132,15 @@ class Tiling(Usual, ABC):
         """Return a block; those of the same rows follow each other."""
         _, spans = located(index, self.cuts)
         return Block(*spans)
+
+    @property
+    @abstractmethod
+    def workspace_bytes(self) -> int:
+        """What one worker needs."""
+
+    @abstractmethod
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
 
     @property
     @abstractmethod
@@ -102,10 +166,28 @@ class Tiling(Usual, ABC):
         """Pack one of so many parts of the filter."""
 
     @property
+    def _filter_bytes(self) -> int:
+        return math.prod(self.problem.filter_shape) * self.problem.compute_dtype.itemsize
+
+    @property
     def _packing_bytes(self) -> int:
         """What a workspace holds of the filter as taps are combined: the largest of its pieces."""
-        size = math.prod(self.problem.filter_shape) * self.problem.compute_dtype.itemsize
-        return aligned(min(size, _PACKED_TOGETHER))
+        return aligned(min(self._filter_bytes, _PACKED_TOGETHER))
+
+    def pieces(self, part: int, parts: int, rows: int, taps: int) -> Iterator[tuple[slice, slice]]:
+        """Yield rows and taps of one of so many parts of the filter, in pieces that are packed in cache.
+
+        Taps are cut before rows are, which lie together. Packing kernels of BLAS round otherwise at the end of a piece,
+        which may not depend on the workers: there the first part is all.
+        """
+        share = Cut(rows, -(-rows // parts) if self.columns else rows)
+        each = self._filter_bytes // (rows * taps)
+        if part >= len(share):
+            return
+        first, last = share[part]
+        for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
+            for p, q in Cut(taps, max(1, _PACKED_TOGETHER // (each * (stop - start)))):
+                yield slice(first + start, first + stop), slice(p, q)
 
     def _in_order(self, operands: Operands) -> tuple[Array, Array]:
         """Return the first operand and the result with axes in order."""
@@ -117,6 +199,75 @@ class Tiling(Usual, ABC):
         arrays = zip((operands.value, operands.output), wholes, strict=True)
         value, output = (five(problem.layout, array, problem.batch, *whole) for array, whole in arrays)
         return value.transpose(*self.order, 4), output.transpose(*self.order, 4)
+
+
+T = TypeVar("T", bound=Tiling)
+
+
+def fastest(found: Sequence[T], problem: Problem, machine: Machine, rule: str, other: str) -> T:
+    """Choose by cost, or raise CannotLowerError if nothing fits: `rule` says what taps must be, `other` what can."""
+    text = f"{problem.operation}: algorithm='winograd' cannot do this problem:"
+    if not found:
+        kernel, strides, dilations = (
+            "x".join(str(getattr(axis, name)) for axis in problem.axes) for name in ("kernel", "stride", "dilation")
+        )
+        raise CannotLowerError(
+            f"{text} {rule}, got kernel {kernel}, strides {strides}, dilations {dilations}; '{other}' and 'auto' can"
+        )
+
+    def within(what: str, most: int, sizes: Sequence[int]) -> list[T]:
+        if min(sizes) > most:
+            raise CannotLowerError(f"{text} its {what} {min(sizes)} bytes, more than {most}; '{other}' and 'auto' can")
+        return [s for s, size in zip(found, sizes, strict=True) if size <= most]
+
+    item = problem.compute_dtype.itemsize
+    found = within("packed filter takes", _MOST_PACKED, [s.packed_values * item for s in found])
+    found = within("blocks take", _MOST_WORKSPACE * machine.l2_bytes, [s.workspace_bytes for s in found])
+    return min(found, key=lambda s: total_s(s, machine))
+
+
+def channel_cuts(problem: Problem, channels: int, k: int) -> list[tuple[Cut, int]]:
+    """Return cuts of the result's channels, each with the columns of tiles for small products; 0 if GEMM forms them."""
+    found = []
+    for cut in (Cut(channels, -(-channels // n)) for n in _PARTS if n == 1 or channels >= n * _WIDE):
+        columns = tile_columns(cut, k) if unpacked(problem) else 0
+        if columns or channels % cut.longest == 0:
+            found.append((cut, columns))
+    return found
+
+
+class Product:
+    """The product of the rows of all points and a tap's filter, in sums or added to what is there.
+
+    Both lie [point, point, u, v, place, place, channel], lines along u and v may be cut. Where BLAS does not pack small
+    products those of all points are formed in one step, in `memory` if they are to be added.
+    """
+
+    __slots__ = ("_added", "_multiply", "_sums")
+
+    def __init__(self, gemm: Gemm | None, rows: Array, sums: Array, columns: int, memory: Array, *, adds: bool) -> None:
+        self._sums, self._added = sums, None
+        written = () if adds and gemm is None else (sums,)
+        # Where no line is cut the rows of all follow each other.
+        lines = 1 if all(map(_is_whole, (rows, *written))) else rows.shape[2]
+        left, *to = (array.reshape(*array.shape[:2], lines, -1, array.shape[-1]) for array in (rows, *written))
+        if gemm is not None:
+            self._multiply: Tiled | ByGemm = ByGemm(gemm, left, *to, adds=adds)
+            return
+        if adds:
+            to = [memory[: sums.size].reshape(*left.shape[:-1], sums.shape[-1])]
+            self._added = to[0].reshape(sums.shape)
+        self._multiply = Tiled(left, columns, *to)
+
+    def __call__(self, tiles: Array) -> None:
+        self._multiply(tiles)
+        if self._added is not None:
+            np.add(self._sums, self._added, self._sums)
+
+
+def _is_whole(array: Array) -> bool:
+    """Whether the lines [u, v] of an array follow each other."""
+    return bool(array.shape[2] == 1 or array.strides[2] == array.shape[3] * array.strides[3])
 
 
 class Output:
@@ -158,7 +309,8 @@ class Combining:
 
     __slots__ = ("_combines", "_found", "_matrix", "_start", "_sums", "results")
 
-    def __init__(self, memory: Array, shape: tuple[int, ...], first: Line, second: Line, to: Array) -> None:
+    def __init__(self, memory: Array, shape: tuple[int, ...], lines: tuple[Line, Line], to: Array) -> None:
+        first, second = lines
         self._matrix = sums_matrix(first, second, memory.dtype)
         (results, k), n = self._matrix.shape, math.prod(shape)
         self._sums, self._found = memory[: k * n].reshape(k, n), to[: results * n].reshape(results, n)
@@ -231,20 +383,6 @@ def pack_lines(lines: Sequence[Line], phases: Sequence[Array], to: Array, worksp
         whole = to.strides[5] == row * to.strides[6]
         axes += [number * row * column] if whole else [number, row * column]
         multiply_few(matrix, held.reshape(-1, *axes), to.reshape(len(matrix), *axes))
-
-
-def pieces(part: int, parts: int, rows: int, taps: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Yield rows and taps of one of so many parts of a filter of `size` bytes, in pieces that are packed in cache.
-
-    Taps are cut before rows are, which lie together.
-    """
-    share, each = Cut(rows, -(-rows // parts)), size // (rows * taps)
-    if part >= len(share):
-        return
-    first, last = share[part]
-    for start, stop in Cut(last - first, max(1, _PACKED_TOGETHER // each)):
-        for p, q in Cut(taps, max(1, _PACKED_TOGETHER // (each * (stop - start)))):
-            yield slice(first + start, first + stop), slice(p, q)
 
 
 def beyond(lines: Iterable[Line]) -> int:

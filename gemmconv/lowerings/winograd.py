@@ -1,411 +1,474 @@
-"""kn2row with minimal filtering along one axis: two neighbouring results for 3 or 4 products where the sum has 4 or 6.
+"""kn2row with minimal filtering along one or two axes: two neighbouring results for 3 or 4 products instead of 4 or 6.
 
-Winograd's F(2,2) and F(2,3) with the points 0, 1, -1 and infinity, along depth or height. A block's rows are combined
-to one grid for each point, the filter's taps along the axis to one filter for each point; kn2row adds the products of
-the other taps for each point; and the sums of the points are combined to results in place. Only halves and sums occur,
-so small whole numbers stay exact, and a result depends on no value but those its own taps reach. What rounding does is
-in docs/how-it-works.md. Inf and NaN would spread within a result's own values (Inf - Inf), and so would an overflow in
+A block is a box of the output. Its rows of the value are copied to cells, those of even and odd places along a filtered
+axis apart, and combined to the rows of each point (minimal.py), for one phase of the filtered axes after the other.
+They lie [axes that are not filtered, tiles of those that are, channel]: a tap of the others is a run of rows as they
+lie, with nothing between, and small products of all points are formed in one step (products.py), or by GEMM for each
+point where BLAS packs them. The sums of the points are combined to results. Only halves and sums occur, so small whole
+numbers stay exact, and a result depends on no value but those its own taps reach. What rounding does is in
+docs/how-it-works.md. Inf and NaN would spread within a result's own values (Inf - Inf), and so would an overflow in
 between: a block with such a result raises NotFiniteError, and the plan starts again without minimal filtering.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache
+from itertools import combinations, groupby, product
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmconv.lowerings import filtered
-from gemmconv.lowerings.base import (
-    Array,
-    CannotLowerError,
-    Operands,
-    Schedule,
-    Usual,
-    Workspace,
-    address,
-    aligned,
-    canonical,
-    five,
-    simplified,
+from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, evenly
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s
+from gemmconv.lowerings.minimal import Line, combine_rows, lines_of
+from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
+from gemmconv.lowerings.tiling import (
+    STEP_S,
+    Block,
+    Combining,
+    Output,
+    Product,
+    Rows,
+    Strand,
+    Tiling,
+    behind,
+    beyond,
+    channel_cuts,
+    combined,
+    combining_s,
+    cuts_of,
+    fastest,
+    length_of,
+    order_of,
+    pack_lines,
+    seen,
+    strands,
+    sums_memory,
+    tile_size,
 )
-from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each, located
-from gemmconv.lowerings.copies import need_finite, store
-from gemmconv.lowerings.cost import (
-    SMALLEST_BUFFER,
-    best,
-    copy_s,
-    most_workspace_bytes,
-    packing_s,
-    pass_s,
-    total_s,
-)
-from gemmconv.lowerings.grids import as_rows, fill, panels, side_by_side
-from gemmconv.lowerings.kn2row import Kn2Row
-from gemmconv.lowerings.minimal import RESULTS, Line, combine_rows, combine_sums, combine_taps, lines_of
-from gemmconv.lowerings.phases import Move, Slots, places, slots, unreached
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
-# Positions of a block and cuts of the output channels that are weighed; channels are not cut below _WIDE.
-_POSITIONS = (64, 128, 256, 512, 1024, 2048)
-_PARTS = (1, 2, 4, 8)
-_WIDE = 64
-_L2_SHARE = 0.75
-# The most bytes of a packed filter: with many channels and few rows combining taps costs more than products.
-MOST_PACKED = 32 << 20
+# An axis along which nothing is combined: that of batch entries.
+ALONE = (Line(0, (0,), 0, results=1),)
 
 
-S = TypeVar("S", bound=Schedule)
+class Tap(NamedTuple):
+    """A tap of the axes that are not filtered: which, its rows of each of them, and where they land."""
+
+    tap: tuple[int, int]
+    rows: tuple[slice, slice]
+    cells: tuple[slice, slice]
 
 
-class Block(NamedTuple):
-    """A box of the output: batch entry, tiles or q in depth and height, slot of the filtered axis, output channels."""
+class Target(NamedTuple):
+    """A phase of the axes that are not filtered: q of each, its taps, and if the first reaches all."""
 
-    batch: int
-    depth: Range
-    height: Range
-    line: int
-    channels: Range
+    sizes: tuple[int, int]
+    taps: list[Tap]
+    whole: bool
+
+
+class Layout(NamedTuple):
+    """What blocks of the same sizes do with a workspace."""
+
+    shapes: list[tuple[int, ...]]
+    padded: bool  # whether cells reach beyond the value
+    cells: list[Index]  # that are filled
+    targets: list[Target]
+    results: list[list[Index]]  # that are stored, of each pair of slots
 
 
 class Program(NamedTuple):
     """What a block does."""
 
-    grid: tuple[int, int, int]
-    inside: tuple[slice, ...]
-    rows: Index
-    products: list[tuple[int, int, int, int]]
+    layout: Layout
+    sources: list[Index]  # of the value, for the cells that are filled
     region: Index | None  # of the output, where there are gaps
-    stores: list[tuple[int, Index, Index, int]]  # which of a tile's results, of the sums, of the output, slots
+    stores: list[list[Index]]  # in the output, of each pair of slots and target
+
+
+class Pair(NamedTuple):
+    """Lines of both filtered axes, and which of all pairs they are."""
+
+    number: int
+    lines: tuple[Line, Line]
+
+
+class Stage(NamedTuple):
+    """The arrays of one target and pair of lines."""
+
+    pair: int  # of lines
+    rows: list[Rows]  # that are combined, unless those that are there will do
+    cleared: Array | None  # the sums, unless the first tap reaches all
+    taps: list[tuple[tuple[int, int], Product]]
+    combines: Combining | None  # for the last lines of a pair of slots
+    stored: list[Array]
+
+
+class Views(NamedTuple):
+    """The arrays of a layout."""
+
+    cells: Array
+    filled: list[Array]
+    stages: list[Stage]
 
 
 @dataclass(frozen=True, slots=True)
-class Winograd(Usual):
-    """A schedule; see the module. `inner` does what a point needs, with a trivial axis in place of the filtered one."""
+class Winograd(Tiling):
+    """A schedule; see the module.
+
+    The last two of four axes are filtered. Batch entries are one of them: the second, or the last if a single one is
+    filtered.
+    """
 
     problem: Problem
-    axes: tuple[Axis, Axis, Axis]
-    slots: tuple[Slots, Slots, Slots]
-    along: int  # the filtered axis: 0 for depth, 1 for height
-    lines: tuple[Line, ...]
-    cuts: tuple[Cut, Cut]  # of tiles or q in depth and height
-    inner: Kn2Row
-
-    wants_finite_filter = True
+    along: tuple[int, ...]  # the filtered axes
+    axes: tuple[Axis, Axis, Axis, Axis]
+    lines: tuple[tuple[Line, ...], tuple[Line, ...]]
+    phases: tuple[tuple[Phase, ...], tuple[Phase, ...]]
+    cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of q, of tiles and of the channels
+    columns: int
+    gaps: bool
 
     @property
-    def count(self) -> int:
-        return self.problem.batch * math.prod(map(len, self.cuts)) * len(self.lines) * len(self.inner.channels)
+    def reads_beyond(self) -> int:
+        return beyond(self.lines[0] + self.lines[1])
+
+    @property
+    def units(self) -> tuple[int, int, int, int]:
+        """By how many q blocks are cut."""
+        return 1, 1, tile_size(self.lines[0][0]), tile_size(self.lines[1][0])
 
     @property
     def digits(self) -> list[list[Bounds]]:
-        found = [digit(0, each(self.problem.batch))]
-        for i, cut in enumerate(self.cuts):
-            many = RESULTS if i == self.along else 1
-            spans = (self.slots[i].span(self.axes[i], (many * a, many * b)) for a, b in cut)
-            found.append(digit(i + 1, spans))
-        lines: list[Bounds] = [()] * len(self.lines)
-        return [*found, lines, digit(4, self.inner.channels)]
-
-    def block(self, index: int) -> Block:
-        """Return a block; those of the same rows follow each other."""
-        index, channels = divmod(index, len(self.inner.channels))
-        index, line = divmod(index, len(self.lines))
-        batch, (depth, height) = located(index, self.cuts)
-        return Block(batch, depth, height, line, self.inner.channels[channels])
+        found = []
+        for of, axis, cut, unit in zip(self.order, self.axes, self.cuts, self.units, strict=False):
+            of_axis = slots(axis, tiled=False)
+            found.append(digit(of, (of_axis.span(axis, (unit * p, unit * q)) for p, q in cut)))
+        return [*found, digit(4, self.cuts[4])]
 
     @property
-    def largest_product(self) -> int:
-        taps = max((panel.taps for panel in self.inner.panels[0]), default=0)
-        rows: int = math.prod(self._points([cut.longest for cut in self.cuts]))
-        return rows * taps * self.inner.channels.longest * self.problem.cin
+    def packed_shapes(self) -> list[tuple[int, ...]]:
+        """Of each combination of lines: [point, point, tap, tap, tile, cin, column]."""
+        tiles, columns = self.tiles
+        behind_points = *(axis.kernel for axis in self.axes[:2]), tiles, self.problem.cin, columns
+        return [(a.filters, b.filters, *behind_points) for a, b in product(*self.lines)]
 
     @property
     def workspace_bytes(self) -> int:
-        item, cin = self.problem.compute_dtype.itemsize, self.problem.cin
-        q = [cut.longest for cut in self.cuts]
-        most = max(self.lines, key=lambda line: line.points)
-        grid = math.prod(self._grid(q, most)) * cin
-        sizes = self.inner.sizes((*q, self.slots[2].count))
-        points = aligned(most.points * sizes.grid_rows * cin * item)
-        return aligned(grid * item) + points + aligned(most.points * sizes.rows * self._columns * item)
+        item = self.problem.compute_dtype.itemsize
+        shapes = self._shapes([cut.longest for cut in self.cuts], [_most(lines) for lines in self.lines])
+        return max(self._packing_bytes, sum(aligned(math.prod(shape) * item) for shape in shapes))
 
-    @property
-    def packed_values(self) -> int:
-        points = sum(line.points for line in self.lines)
-        return points * self._taps * self.problem.cout * self.problem.cin
+    def _shapes(self, sizes: Sequence[float], points: Sequence[int]) -> Any:
+        """Return the shapes of cells, of rows combined along one axis and both, of memory for sums, and of sums.
 
-    @property
-    def _taps(self) -> int:
-        """Taps of the other axes."""
-        return sum(panel.taps for panel in self.inner.panels[0])
-
-    @property
-    def _columns(self) -> int:
-        lanes = math.prod(len(of_axis.offsets) for of_axis in self.inner.slots)
-        return lanes * self.inner.channels.longest
-
-    def _grid(self, q: Sequence[float], line: Line) -> Any:
-        """Return the sizes of the box of rows that a block needs, for tiles or q in depth and height."""
-        sizes = [n + of_axis.reach for n, of_axis in zip((*q, self.slots[2].count), self.slots, strict=True)]
-        sizes[self.along] = RESULTS * q[self.along] + len(line.taps) - 1
-        return sizes[0], sizes[1], sizes[2]
-
-    def _points(self, q: Sequence[float]) -> Any:
-        """Return the sizes of the grid of one point."""
-        return self.inner.sizes((*q, self.slots[2].count)).grid  # type: ignore[arg-type]
-
-    def time_s(self, machine: Machine) -> float:
-        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
-        problem, inner = self.problem, self.inner
-        cin = problem.cin
-        q = [cut.size / len(cut) for cut in self.cuts]
-        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
-        boxes = problem.batch * math.prod(map(len, self.cuts)) * len(inner.channels)
-        d, h, w = self._points(q)
-        total = 0.0
-        for line in self.lines:
-            grid = math.prod(self._grid(q, line)) * cin
-            values = d * h * w * cin
-            sums = q[0] * q[1] * w * self._columns
-            rows = q[0] * (h if q[0] > 1 else q[1]) * w
-            gemms = line.points * inner.products_s(rows, spilled=spilled)
-            total += boxes * (gemms + copy_s(2 * grid, w * cin) + copy_s(line.points * sums, sums))
-            # Differences of rows are passes with three arrays, sums are combined in place.
-            total += boxes * line.points * 2 * pass_s(values, h * w * cin, spilled=spilled)
-            total += boxes * (2 * line.points - 2) * pass_s(sums, sums, spilled=spilled)
-        stores = self.count * max(1, self._columns // inner.channels.longest)
-        run = problem.cout / len(inner.channels) * inner.lanes
-        strided = problem.layout == "NCDHW" and self.axes[2].stride > 1
-        each = math.prod(problem.fine_shape) / stores
-        total += stores * copy_s(each, run, spilled=True, strided=strided)
-        packing = copy_s(2 * self.packed_values, cin * problem.cout, steps=8 * len(inner.panels[0]))
-        return total + packing_s(problem, packing)
+        Where the last lie are products that are added to sums, and what those are combined to. `sizes` says how many q,
+        tiles and channels a block has, `points` how many a line.
+        """
+        u, v, a, b, channels = sizes
+        cin, reach = self.problem.cin, [_reach(of_axis) for of_axis in self.phases]
+        rows = min(self.axes[0].coarse, u + reach[0]), min(self.axes[1].coarse, v + reach[1])
+        (n_a, l_a), (n_b, l_b) = (_lengths(lines, n) for lines, n in zip(self.lines, (a, b), strict=True))
+        (r_a, r_b), (p_a, p_b) = (lines[0].results for lines in self.lines), points
+        sums = (p_a, p_b, u, v, n_a, n_b, channels)
+        return [
+            (r_a, r_b, *rows, l_a, l_b, cin),
+            (p_a, r_b, *rows, n_a, l_b, cin) if r_a > 1 else (0,),
+            (p_a, p_b, *rows, n_a, n_b, cin) if r_b > 1 else (0,),
+            sums_memory(sums),
+            sums,
+        ]
 
     @property
     def reason(self) -> str:
-        taps = sorted({len(line.taps) for line in self.lines})
-        rows = math.prod(self._points([cut.longest for cut in self.cuts]))
-        kinds = " and ".join(f"F(2,{n})" for n in taps)
-        return f"kn2row with {kinds} along {('depth', 'height')[self.along]}, GEMMs of up to {rows} rows, filter packed"
+        kinds = sorted({len(line.taps) for lines in self.lines for line in lines})
+        return self.described(" and ".join(f"F(2,{n})" for n in kinds if n > 1))
 
-    def pack(self, filter: Array, packed: Array) -> None:
-        """Combine the taps of the filtered axis, and lay them out as GEMMs take them: line, point, channels, panel."""
+    def time_s(self, machine: Machine) -> float:
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
         problem = self.problem
-        taps = filter.reshape(*(axis.kernel for axis in self.axes), problem.cout, problem.cin)
-        taps = np.moveaxis(taps, self.along, 0)
-        each = self._taps * problem.cout * problem.cin
-        at = 0
-        for line in self.lines:
-            part = packed[at : at + line.points * each].reshape(line.points, each)
-            at += part.size
-            g = [np.expand_dims(taps[tap], self.along) for tap in line.taps]
-            for start, stop in self.inner.channels:
-                of_channels = part[:, start * self._taps * problem.cin : stop * self._taps * problem.cin]
-                of_channels = of_channels.reshape(line.points, self._taps, stop - start, problem.cin)
-                for panel in self.inner.panels[0]:
-                    u = of_channels[:, panel.first : panel.first + panel.taps]
-                    u = u.reshape(line.points, *panel.many, stop - start, len(panel.deep), problem.cin)
-                    for i, box in enumerate(panel.boxes()):
-                        combine_taps([x[(*box, slice(start, stop))] for x in g], u[..., i, :])
+        strided = problem.layout == "NCDHW"
+        sizes = [cut.size / len(cut) for cut in self.cuts]
+        taps = [[len(phase.taps) for phase in of_axis] for of_axis in self.phases]
+        landing_share = math.prod(
+            min(size, axis.coarse) / size for size, axis in zip(sizes[:2], self.axes, strict=False)
+        )
+        strands = math.prod(lines[0].results * lines[0].apart for lines in self.lines)
+        # Values of a single point.
+        cells, along_a, rows, _, sums = map(math.prod, self._shapes(sizes, (1, 1)))
+        landed = landing_share * sums
+        r_a, r_b = (lines[0].results for lines in self.lines)
+        p_a, p_b = (sum(line.points for line in lines) for lines in self.lines)
+        total, steps = copy_s(cells, problem.cin, steps=0, spilled=True, strided=strided), strands + 1
+        l_b, run_b = (n * problem.cin for n in _lengths(self.lines[1], sizes[3])[::-1])
+        if r_a > 1:
+            total += p_a * pass_s(along_a, l_b)
+            steps += p_a
+        if r_b > 1:
+            total += p_a * p_b * pass_s(rows, run_b)
+            steps += len(self.lines[0]) * p_b
+        for n, of_slots in product((p * q for p, q in product(*taps)), self._pairs):
+            for i, (_, (first, second)) in enumerate(of_slots):
+                points, filters = first.points * second.points, first.filters * second.filters
+                total += self._products_s(n, n - (i == 0), points, filters, landed / sizes[4], problem.cin)
+            results = r_a * r_b * sums
+            total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided)
+            total += combining_s(*of_slots[0].lines, sums) + pass_s(results / 2, results)
+            steps += strands + 4
+        total += steps * STEP_S
+        filter = math.prod(problem.kernel) * problem.cout * problem.cin
+        packing = filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
+        return self.count * total + packing_s(problem, packing)
+
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
+        """Turn taps to tiles, and combine them along both axes; a part is some of the input channels."""
+        problem, arrays = self.problem, self._packed(packed)
+        cin = problem.cin
+        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), *self.tiles, cin)
+        taps = taps.transpose(*self.order, 4, 5, 6)
+        for rows, of_u in self.pieces(part, parts, cin, self.axes[0].kernel):
+            for lines, to in zip(product(*self.lines), arrays, strict=True):
+                along_a, along_b = (evenly(line.taps) for line in lines)
+                mine, of_points = taps[of_u, :, along_a, along_b, :, :, rows], to[:, :, of_u, :, :, np.newaxis, rows]
+                workspace.reset()
+                pack_lines(lines, [mine], of_points, workspace, turns=True)
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        problem, cin, inner = self.problem, self.problem.cin, self.inner
         block = self.block(index)
         program = self._made(block)
-        line = self.lines[block.line]
-        channels = block.channels[1] - block.channels[0]
-        lanes = tuple(len(of_axis.offsets) for of_axis in inner.slots)
-        q = [stop - start for start, stop in block[1:3]]
-        sizes = inner.sizes((*q, self.slots[2].count))
-        columns = math.prod(lanes) * channels
-        all_sums = workspace.take(line.points, sizes.rows * columns)
-        all_sums[...] = 0  # so that a sum of -0.0 becomes +0.0
-        if operands.bias is not None:  # the results of a tile begin with the sums of the first points
-            if problem.layout == "NCDHW":
-                all_sums[:RESULTS].reshape(RESULTS, -1, channels, sizes.rows)[...] = operands.start(block.channels, 1)
-            else:
-                all_sums[:RESULTS].reshape(RESULTS, -1, channels)[...] = operands.start(block.channels)
-        sums, grids = list(all_sums), list(workspace.take(line.points, sizes.grid_rows * cin))
-        coarse = [axis.coarse for axis in self.axes]
-        value = five(problem.layout, operands.value, problem.batch, coarse, cin)[program.rows]
-        rows = as_rows(problem, workspace.take(math.prod(program.grid) * cin))
-        fill(rows, program.grid, program.inside, value)
-        x = np.moveaxis(rows.reshape(*program.grid, cin), self.along, 0)
-        v = []
-        for grid in grids:
-            of_point = as_rows(problem, grid)
-            used = math.prod(sizes.grid)
-            of_point[used:] = 0
-            v.append(np.moveaxis(of_point[:used].reshape(*sizes.grid, cin), self.along, 0))
-        tiles = len(v[0])
-        combine_rows([x[i : i + RESULTS * tiles - 1 : RESULTS] for i in range(line.points)], v)
-        workspace.mark("pack")
-        item = workspace.gemm.itemsize
-        before = sum(other.points for other in self.lines[: block.line]) * self._taps * problem.cout
-        first_row = before + block.channels[0] * self._taps
-        for point, (grid, z) in enumerate(zip(grids, sums, strict=True)):
-            taps_at = address(operands.packed) + (first_row + point * self._taps * problem.cout) * cin * item
-            inner.multiply(
-                workspace.gemm, 0, channels, program.products, address(grid),
-                sizes.grid_rows if problem.layout == "NCDHW" else cin, address(z), sizes.rows, taps_at,
-            )  # fmt: skip
-        workspace.mark("gemm")
-        combine_sums(sums)
-        results = sums[:RESULTS]
-        for z in results:
-            if problem.dtype.kind == "c":
-                z += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
-            need_finite(z)
-        workspace.mark("col2im")
-        shape = (q[0], sizes.pitch, sizes.grid[2])
-        output = five(problem.layout, operands.output, problem.batch, [axis.fine for axis in self.axes], problem.cout)
-        output = output[block.batch, ..., slice(*block.channels)]
+        views = self._views(program.layout, workspace)
+        value, output, filters = self._opened(operands)
+        mine, start = Output(self.problem, output, block.channels), operands.start(block.channels)
         if program.region is not None:
-            output[program.region] = operands.start(block.channels)
-        for which, where, cells, together in program.stores:
-            if problem.layout == "NCDHW":
-                by_row = np.moveaxis(results[which].reshape(*lanes, channels, *shape), (4, 5, 6), (0, 1, 2))
-            else:
-                by_row = results[which].reshape(*shape, *lanes, channels)
-            target = output[cells]
-            # Splitting an axis in two never copies.
-            store(target.reshape(*target.shape[:2], -1, together, target.shape[3]), by_row[where])
-        workspace.mark("store")
+            mine.array[program.region] = start
+        tiles = self.tiles_of(block.channels)
+        if program.layout.padded:
+            views.cells[...] = 0
+        for to, source in zip(views.filled, program.sources, strict=True):
+            np.copyto(to, value[source], casting="unsafe")
+        stores = iter(program.stores)
+        for stage in views.stages:
+            for of_axis in stage.rows:
+                combine_rows(*of_axis)
+            workspace.mark("pack")
+            if stage.cleared is not None:
+                stage.cleared[...] = 0
+            for (i, j), multiply in stage.taps:
+                multiply(filters[stage.pair][i][j][..., tiles, :, :, :])
+            workspace.mark("gemm")
+            if stage.combines is not None:
+                stage.combines(start)
+                workspace.mark("col2im")
+                mine.write(next(stores), stage.stored)
+                workspace.mark("store")
+
+    @property
+    def _pairs(self) -> list[list[Pair]]:
+        """The pairs of lines, those of the same slots together: the first of them has the most points."""
+        pairs = [Pair(number, lines) for number, lines in enumerate(product(self.lines[0], self.lines[1]))]
+        pairs.sort(key=_slots)
+        return [list(of) for _, of in groupby(pairs, key=_slots)]
+
+    def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[list[Array]]]]:
+        """Return the value and the output with axes in order, and of each pair of lines the filter of every tap."""
+        value, output = self._in_order(operands)
+        taps = [range(axis.kernel) for axis in self.axes[:2]]
+        filters = [
+            [[filter[:, :, i, j, np.newaxis, :, np.newaxis] for j in taps[1]] for i in taps[0]]
+            for filter in self._packed(operands.packed)
+        ]
+        return seen(self.problem, value), output, filters
+
+    def _views(self, layout: Layout, workspace: Workspace) -> Views:
+        cells, *arrays = (workspace.take(*shape) for shape in layout.shapes)
+        along_a, along_b, sums, found = (array.reshape(-1) for array in arrays)
+        gemm = None if self.columns else workspace.gemm
+        places = layout.shapes[4][4:6]
+        stages: list[Stage] = []
+        held: tuple[Line | None, Line | None] = None, None
+        for (pairs, results), target in product(zip(self._pairs, layout.results, strict=True), layout.targets):
+            shape = (*(line.points for line in pairs[0].lines), *target.sizes, *layout.shapes[4][4:])
+            of_target = sums[: math.prod(shape)].reshape(shape)
+            for number, pair in enumerate(pairs):
+                first, second = pair.lines
+                rows_a, of_a = combined(cells, self.lines[0], first, 0, places[0], along_a)
+                rows, of_b = combined(rows_a, self.lines[1], second, 1, places[1], along_b)
+                needed = [] if held == pair.lines else of_b if held[0] == first else [*of_a, *of_b]
+                held, to, taps = pair.lines, of_target[: first.points, : second.points], []
+                formed = number == 0 and target.whole
+                for i, tap in enumerate(target.taps):
+                    of_tap = rows[:, :, *tap.rows], to[:, :, *tap.cells]
+                    taps.append((tap.tap, Product(gemm, *of_tap, self.columns, found, adds=i > 0 or not formed)))
+                cleared = None if number > 0 or target.whole else of_target
+                stages.append(Stage(pair.number, needed, cleared, taps, None, []))
+            combines = Combining(sums, shape[2:], pairs[0].lines, found)
+            stored = [seen(self.problem, combines.results[at]) for at in results]
+            stages[-1] = stages[-1]._replace(combines=combines, stored=stored)
+        return Views(cells, [seen(self.problem, cells[at]) for at in layout.cells], stages)
 
     def _made(self, block: Block) -> Program:
-        line = self.lines[block.line]
-        spans = [block.depth, block.height, (0, self.slots[2].count)]
-        grid = self._grid([stop - start for start, stop in spans[:2]], line)
-        inside: list[slice] = []
-        rows: list[slice] = []
-        for i, (axis, of_axis, (start, _)) in enumerate(zip(self.axes, self.slots, spans, strict=True)):
-            origin = start * RESULTS + line.first if i == self.along else start - of_axis.shifts[1]
-            first, last = max(0, origin), min(axis.coarse, origin + grid[i])
-            inside.append(slice(first - origin, max(first, last) - origin))
-            rows.append(slice(first, max(first, last)))
-        # A point's products: along the filtered axis every tile is there.
-        spans_of_point = list(spans)
-        spans_of_point[self.along] = (0, spans[self.along][1] - spans[self.along][0])
-        sizes = self.inner.sizes([stop - start for start, stop in spans_of_point])
-        products = []
-        for number, panel in enumerate(self.inner.panels[0]):
-            found = self.inner.product(panel, spans_of_point, sizes)
-            if found is not None:
-                products.append((number, *found))
-        stores = [store for which in range(RESULTS) for store in self._stores(block, line, which)]
+        spans = block[:4]
+        sizes = [stop - start for start, stop in (*spans, block.channels)]
+        shapes = [list(shape) for shape in self._shapes(sizes, [_most(lines) for lines in self.lines])]
+        rows = [_rows_of(axis, of_axis, q) for axis, of_axis, q in zip(self.axes, self.phases, spans, strict=False)]
+        for shape in shapes[:3]:
+            if len(shape) > 1:
+                shape[2:4] = [stop - start for start, stop in rows]
+        cells = shapes[0]
+        both = list(zip(self.axes[2:], self.lines, spans[2:], strict=True))
+        along = [list(_fills(*of, length)) for of, length in zip(both, cells[4:6], strict=True)]
+        box, every = (slice(*rows[0]), slice(*rows[1])), slice(None)
+        fills = list(product(*along))
+        to = [(which_a, which_b, every, every, to_a, to_b) for (which_a, to_a, _), (which_b, to_b, _) in fills]
+        sources = [(*box, from_a, from_b) for (*_, from_a), (*_, from_b) in fills]
+        filled = (math.prod(cells[2:4]) * length_of(to_a) * length_of(to_b) for *_, to_a, to_b in to)
+        padded = sum(filled) < math.prod(cells[:6])
         region = None
-        if any(unreached(axis, of_axis) for axis, of_axis in zip(self.axes, self.slots, strict=True)):
-            spans[self.along] = (RESULTS * spans[self.along][0], RESULTS * spans[self.along][1])
-            region = tuple(slice(*s.span(a, q)) for a, s, q in zip(self.axes, self.slots, spans, strict=True))
-        where: Index = (block.batch, *rows)
-        return Program(grid, tuple(inside), where, products, region, stores)
+        if self.gaps:
+            region = tuple(
+                slice(*slots(axis, tiled=False).span(axis, (q[0] * unit, q[1] * unit)))
+                for axis, q, unit in zip(self.axes, spans, self.units, strict=True)
+            )
+        made = [self._target(block, of_u, of_v, rows) for of_u, of_v in product(*self.phases)]
+        targets = [target for target in made if target is not None]
+        pairs = []
+        for of_slots in self._pairs:
+            of_axes = zip(both, of_slots[0].lines, strict=True)
+            pairs.append(list(product(*(_stores(axis, line, tiles) for (axis, _, tiles), line in of_axes))))
+        results = [
+            [(which_a, which_b, every, every, at_a, at_b) for (which_a, at_a, _), (which_b, at_b, _) in pair]
+            for pair in pairs
+        ]
+        stores = [[(*fine, a, b) for (*_, a), (*_, b) in pair] for pair in pairs for _, fine in targets]
+        layout = Layout([tuple(shape) for shape in shapes], padded, to, [target for target, _ in targets], results)
+        return Program(layout, sources, region, stores)
 
-    def _stores(self, block: Block, line: Line, which: int) -> list[tuple[int, Index, Index, int]]:
-        """Return where one of the results of every tile is stored."""
-        axis, of_axis = self.axes[self.along], self.slots[self.along]
-        spans = block.depth, block.height
-        start, stop = spans[self.along]
-        # Tile t of result `which` is q = t * 2 + which, and so fine position q * stride + offset.
-        step = axis.stride * RESULTS
-        offset = of_axis.offsets[line.slot] + which * axis.stride
-        last = min(stop, -((offset - axis.fine) // step))
-        if last <= start:
-            return []
-        tiles = slice(0, last - start)
-        fine = slice(start * step + offset, (last - 1) * step + offset + 1, step)
-        other = 1 - self.along
-        found = []
-        along_w = list(places(self.axes[2], self.slots[2], (0, self.slots[2].count)))
-        for place in places(self.axes[other], self.slots[other], spans[other]):
-            for w, q, fine_w, together in side_by_side(self.axes[2], self.slots[2], along_w, self.problem.layout):
-                taken, put, slot = [tiles, tiles], [fine, fine], [0, 0]
-                taken[other], put[other], slot[other] = place.q, place.fine, place.slot
-                found.append((which, (*taken, q, *slot, slice(w, w + together)), (*put, fine_w), together))
-        return found
+    def _target(
+        self, block: Block, of_u: Phase, of_v: Phase, rows: Sequence[Range]
+    ) -> tuple[Target, tuple[slice, slice]] | None:
+        """Return what is done for a phase of the axes that are not filtered, and its fine positions.
+
+        None if it has no q in the block.
+        """
+        spans = block[:2]
+        q = [(start, min(stop, phase.count)) for (start, stop), phase in zip(spans, (of_u, of_v), strict=True)]
+        if any(start >= stop for start, stop in q):
+            return None
+        sizes = q[0][1] - q[0][0], q[1][1] - q[1][0]
+        taps: list[Tap] = []
+        whole = False
+        for (tap_u, shift_u), (tap_v, shift_v) in product(of_u.taps, of_v.taps):
+            lands = [
+                landing(axis, phase, shift, span)
+                for axis, phase, shift, span in zip(self.axes, (of_u, of_v), (shift_u, shift_v), q, strict=False)
+            ]
+            if any(start >= stop for start, stop in lands):
+                continue
+            taken_u, taken_v = (slice(p - at, r - at) for (p, r), (at, _) in zip(lands, rows, strict=True))
+            begins = shift_u - q[0][0], shift_v - q[1][0]
+            cells_u, cells_v = (slice(p + at, r + at) for (p, r), at in zip(lands, begins, strict=True))
+            tap = Tap((tap_u, tap_v), (taken_u, taken_v), (cells_u, cells_v))
+            if not whole and all(r - p == size for (p, r), size in zip(lands, sizes, strict=True)):
+                whole = True
+                taps.insert(0, tap)
+            else:
+                taps.append(tap)
+        fine_u, fine_v = (
+            slice(start * axis.stride + phase.offset, (stop - 1) * axis.stride + phase.offset + 1, axis.stride)
+            for axis, phase, (start, stop) in zip(self.axes, (of_u, of_v), q, strict=False)
+        )
+        return Target(sizes, taps, whole), (fine_u, fine_v)
 
 
-def schedule(problem: Problem, machine: Machine) -> Schedule:
+def _slots(pair: Pair) -> tuple[int, int]:
+    first, second = pair.lines
+    return first.slot, second.slot
+
+
+def _most(lines: Sequence[Line]) -> int:
+    return max(line.points for line in lines)
+
+
+def _lengths(lines: tuple[Line, ...], tiles: float) -> tuple[Any, Any]:
+    """Return the places along a filtered axis of the rows of a point, and of cells."""
+    return tiles * lines[0].apart, (tiles + _extra(lines)) * lines[0].apart
+
+
+@lru_cache(maxsize=256)
+def _extra(lines: tuple[Line, ...]) -> int:
+    return max((behind(lines, line) + line.points - 1) // line.results for line in lines)
+
+
+@lru_cache(maxsize=256)
+def _reach(of_axis: tuple[Phase, ...]) -> int:
+    """Return how many more rows than q all phases of an axis need."""
+    shifts = [shift for phase in of_axis for _, shift in phase.taps]
+    return max(shifts) - min(shifts)
+
+
+def _rows_of(axis: Axis, of_axis: Sequence[Phase], q: Range) -> Range:
+    """Return the rows that an interval of q needs."""
+    shifts = [shift for phase in of_axis for _, shift in phase.taps]
+    start = max(0, q[0] - max(shifts))
+    return start, max(start, min(axis.coarse, q[1] - min(shifts)))
+
+
+def _fills(axis: Axis, lines: Sequence[Line], tiles: Range, length: int) -> Iterator[Strand]:
+    """Yield which cells are filled, at which places, from which rows of the value."""
+    first = min(line.first for line in lines) + tile_size(lines[0]) * tiles[0]
+    for which, places, rows in strands(lines[0], first, axis.coarse, length // lines[0].apart):
+        yield which, places, slice(rows[0], rows[-1] + 1, rows.step)
+
+
+def _stores(axis: Axis, line: Line, tiles: Range) -> Iterator[Strand]:
+    """Yield which result is stored, of which places, at which fine positions."""
+    phase = phases(axis)[line.slot]
+    for which, places, q in strands(line, tile_size(line) * tiles[0], phase.count, tiles[1] - tiles[0]):
+        fine = (i * axis.stride + phase.offset for i in (q[0], q[-1]))
+        yield which, places, slice(next(fine), next(fine) + 1, q.step * axis.stride)
+
+
+def schedule(problem: Problem, machine: Machine) -> Winograd:
     """Choose axes and blocks for a problem by cost, or raise CannotLowerError where no axis can be filtered."""
-    kernel, strides, dilations = (
-        "x".join(str(getattr(axis, name)) for axis in problem.axes) for name in ("kernel", "stride", "dilation")
+    rule = (
+        "along some axis several taps must reach the output positions of one residue modulo the stride, from rows that "
+        "those of all residues share"
     )
-    problem = simplified(problem)
-    axes = canonical(problem.axes)
-    found: list[Winograd] = []
-    for along in (0, 1):
-        lines = lines_of(axes[along])
-        if not lines or any(len(line.taps) == 1 or line.apart > 1 for line in lines):
+    return fastest(candidates(problem), problem, machine, rule, "col2im")
+
+
+def candidates(problem: Problem) -> list[Winograd]:
+    """Return schedules for every choice of one or two filtered axes."""
+    axes = Axis(problem.batch, problem.batch, 1), *canonical(problem.axes)
+    of_axes = [phases(axis) for axis in axes]
+    if not all(of_axes):
+        return []
+    lines = [ALONE, *(_shared(lines_of(axis)) for axis in axes[1:])]
+    gaps = any(unreached(axis, slots(axis, tiled=False)) for axis in axes)
+    channels = channel_cuts(problem, problem.cout, problem.cin)
+    found = []
+    for along in (*combinations((1, 2, 3), 1), *combinations((1, 2, 3), 2)):
+        u, v, a, b = order_of(along)
+        of_a, of_b = lines[a], lines[b]
+        if not of_a or not of_b:
             continue
-        of_axes = [slots(axis, tiled=i != along) for i, axis in enumerate(axes)]
-        if len(lines) > 1 and any(unreached(axis, of_axis) for axis, of_axis in zip(axes, of_axes, strict=True)):
-            continue  # a block would clear what belongs to others
-        for parts, positions in product(_PARTS, _POSITIONS):
-            if parts == 1 or problem.cout >= parts * _WIDE:
-                found.append(_candidate(problem, axes, of_axes, along, lines, positions, parts))
-    text = f"{problem.operation}: algorithm='winograd' cannot do this problem:"
-    of_tiles = filtered.candidates(problem, machine)
-    if not found and not of_tiles:
-        raise CannotLowerError(
-            f"{text} the taps that reach output positions of one residue modulo the stride must be 2 or 3 neighbours "
-            "along depth or height, or at most 3 evenly apart along some axis where BLAS does not pack small products, "
-            f"got kernel {kernel}, strides {strides}, dilations {dilations}; 'col2im' and 'auto' can"
-        )
-    item = problem.compute_dtype.itemsize
-    possible: list[Schedule] = [s for s in of_tiles if s.packed_values * item <= MOST_PACKED]
-    try:
-        possible.append(best(affordable(found or of_tiles, machine, text, "col2im"), machine))
-    except CannotLowerError:
-        if not possible:
-            raise
-    return min(possible, key=lambda s: total_s(s, machine))
+        four = axes[u], axes[v], axes[a], axes[b]
+        q = [-(-axis.fine // axis.stride) for axis in four]
+        for cuts, (cut, columns) in product(cuts_of(q, (1, 1, tile_size(of_a[0]), tile_size(of_b[0]))), channels):
+            found.append(Winograd(
+                problem, along, four, (of_a, of_b), (of_axes[u], of_axes[v]), (*cuts, cut), columns, gaps
+            ))  # fmt: skip
+    return found
 
 
-def affordable(found: Sequence[S], machine: Machine, text: str, other: str) -> list[S]:
-    """Return the schedules that take no more memory than they may, or raise with what the least would take.
-
-    `text` is what the error begins with, and `other` the lowering that it names.
-    """
-    limit = most_workspace_bytes(machine)
-    small_enough = [s for s in found if s.workspace_bytes <= limit]
-    if not small_enough:
-        least = min(s.workspace_bytes for s in found)
-        raise CannotLowerError(f"{text} its blocks take {least} bytes, more than {limit}; '{other}' and 'auto' can")
-    item = found[0].problem.compute_dtype.itemsize
-    packed = [s for s in small_enough if s.packed_values * item <= MOST_PACKED]
-    if not packed:
-        packed_bytes = min(s.packed_values for s in small_enough) * item
-        raise CannotLowerError(
-            f"{text} its packed filter takes {packed_bytes} bytes, more than {MOST_PACKED}; '{other}' and 'auto' can"
-        )
-    return packed
-
-
-def _candidate(
-    problem: Problem, axes: tuple[Axis, Axis, Axis], of_axes: Sequence[Slots], along: int, lines: tuple[Line, ...],
-    positions: int, parts: int,
-) -> Winograd:  # fmt: skip
-    counts = [of_axis.count for of_axis in of_axes]
-    counts[along] = -(-counts[along] // RESULTS)
-    channels = Cut(problem.cout, -(-problem.cout // parts))
-    height = min(counts[1], max(1, positions // counts[2]))
-    depth = min(counts[0], max(1, positions // (counts[1] * counts[2])))
-    cuts = Cut(counts[0], depth), Cut(counts[1], height)
-    # For a point, the filtered axis is one of independent rows.
-    inner_axes, inner_slots = list(axes), list(of_axes)
-    inner_axes[along] = Axis(counts[along], counts[along], 1)
-    inner_slots[along] = Slots((0,), counts[along], (Move(0, 1, 0, 0),))
-    group = (0, len(inner_slots[0].offsets))
-    cin = problem.cin if problem.layout == "NDHWC" else 0
-    of_point = tuple(panels(inner_slots, group, channels.longest, cin, 0))
-    inner = Kn2Row(
-        problem, (inner_axes[0], inner_axes[1], inner_axes[2]), (inner_slots[0], inner_slots[1], inner_slots[2]), False,
-        (cuts[0], cuts[1], Cut(counts[2], counts[2])), (group,), (of_point,), channels, True,
-    )  # fmt: skip
-    return Winograd(problem, axes, (of_axes[0], of_axes[1], of_axes[2]), along, lines, cuts, inner)
+def _shared(lines: tuple[Line, ...]) -> tuple[Line, ...]:
+    """Return the lines of an axis if all can take their rows of the same cells."""
+    return lines if all((line.first - lines[0].first) % line.apart == 0 for line in lines) else ()

@@ -1,348 +1,436 @@
-"""A convolution with minimal filtering along two axes of any stride, or of one as its transposed twin has it.
+"""A convolution with minimal filtering along one or two axes.
 
-A block's cells of the fine array are combined, axis by axis, to the rows of a point, and the taps of both axes to a
-filter of a point (pairs.py says how). GEMM adds their products to the sums of the point: along the third axis, the
-slowest of the rows, a tap is a run of rows. The sums of all points are added to the two results of each tile. Only
-halves and sums occur, so small whole numbers stay exact, and a result depends on no value but those its own taps take.
-What rounding does is in docs/how-it-works.md. Results that are not finite are left to another lowering, as in
-winograd.py.
+As winograd.py does it for the transposed convolution, with all phases of the fine array on the side of the rows: those
+with as many taps on each axis are a family. Their cells lie side by side as one channel axis, each from its own first
+row on, so that a tap of the axes that are not filtered is a run of rows of all of them, and one product. The products
+of all families are added to the sums point by point, since single and two taps have the first points of three. More
+than three are cut to such.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import combinations, groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
-from gemmconv import results
-from gemmconv.lowerings import filtered_conv, winograd
-from gemmconv.lowerings.base import (
-    Array,
-    CannotLowerError,
-    Operands,
-    Schedule,
-    Usual,
-    Workspace,
-    address,
-    aligned,
-    canonical,
-    five,
+from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
+from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit, evenly
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s
+from gemmconv.lowerings.minimal import Line, combine_rows, lines_of
+from gemmconv.lowerings.phases import one_phase, phases
+from gemmconv.lowerings.tiling import (
+    STEP_S,
+    Block,
+    Combining,
+    Output,
+    Product,
+    Rows,
+    Tiling,
+    beyond,
+    channel_cuts,
+    combined,
+    combining_s,
+    cuts_of,
+    fastest,
+    order_of,
+    pack_lines,
+    seen,
+    strands,
+    sums_memory,
+    tile_size,
 )
-from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, each, located
-from gemmconv.lowerings.copies import copy, need_finite, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best, copy_s, gemm_s, packing_s, pass_s, total_s
-from gemmconv.lowerings.pairs import SIGNS, Pairs, Piece, Term, add_points, combine_cells, combine_taps, scheme
-from gemmconv.lowerings.phases import Slots, places, slots
-from gemmconv.lowerings.turned import twin
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
 
-# Rows of a point in a block, and cuts of the result's channels that are weighed; they are not cut below _WIDE.
-_ROWS = (64, 128, 256, 512, 1024, 2048)
-_PARTS = (1, 2, 4, 8)
-_WIDE = 32
-_L2_SHARE = 0.75
+# What a cell costs beside the copy of its values: the view of the box has more axes than others.
+_CELL_S = 2e-9
+
+Lines = tuple[Line, ...]
 
 
-class Block(NamedTuple):
-    """A box of the result: batch entry, positions of the third axis, channels."""
+class Family(NamedTuple):
+    """The phases of each axis that as many taps reach."""
 
-    batch: int
-    along: Range
-    channels: Range
+    u: Lines
+    v: Lines
+    a: Lines
+    b: Lines
+
+    @property
+    def size(self) -> int:
+        """How many phases lie side by side."""
+        return math.prod(map(len, self))
+
+    @property
+    def points(self) -> tuple[int, int]:
+        return self.a[0].points, self.b[0].points
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Taps of the axes that are not filtered."""
+        return len(self.u[0].taps), len(self.v[0].taps)
 
 
-class Step(NamedTuple):
-    """Taps of the third axis in one GEMM: first row of the sums, first q, rows, first tap and slot, and how many."""
+class Layout(NamedTuple):
+    """What blocks of the same sizes do with a workspace."""
 
-    row: int
-    q: int
-    rows: int
-    tap: int
-    slot: int
-    many: int
+    sums: tuple[int, ...]
+    shapes: list[list[tuple[int, ...]]]  # of each family: cells, and rows combined along one axis and both
+    box: tuple[int, ...]  # sizes of the positions that all cells hold
+    inside: Index  # of the box, what lies in the value
+    results: list[Index]  # that are stored
 
 
 class Program(NamedTuple):
-    """What a block does: the q of the third axis that it reads, its cells and where they are, and its GEMMs."""
+    """What a block does."""
 
-    q: Range
-    cells: list[tuple[int, Index, Index]]  # which families, of their cells, of the fine array
-    steps: list[Step]
+    layout: Layout
+    source: Index  # of the value, what is in the box
+    stores: list[Index]  # in the output, of the results
+
+
+class FamilyViews(NamedTuple):
+    """The arrays of a family."""
+
+    fills: list[tuple[Array, Array]]  # of the cells, of the box
+    rows: list[Rows]
+    taps: list[Product]
+
+
+class Views(NamedTuple):
+    """The arrays of a layout."""
+
+    cleared: list[Array]  # of the box, what lies beyond the value
+    inside: Array
+    families: list[FamilyViews]
+    combines: Combining
+    stored: list[Array]
 
 
 @dataclass(frozen=True, slots=True)
-class Paired(Usual):
-    """A schedule; see the module."""
+class WinogradConv(Tiling):
+    """A schedule; see the module, and Winograd for the four axes."""
 
     problem: Problem
-    axes: tuple[Axis, Axis, Axis]
-    along: int  # the third axis: 0 for depth to 2 for width
-    slots: Slots  # of the third axis
-    pairs: Pairs  # the other axes
-    cuts: tuple[Cut, Cut]  # of the third axis and of the channels
-
-    wants_finite_filter = True
+    along: tuple[int, ...]  # the filtered axes
+    axes: tuple[Axis, Axis, Axis, Axis]  # as they are read: the fine positions of one phase, if taps reach no other
+    read: tuple[range, range, range, range]  # those positions
+    families: tuple[Family, ...]  # the first has the most points
+    cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of positions, of tiles and of the channels
+    columns: int
 
     @property
-    def count(self) -> int:
-        return self.problem.batch * len(self.cuts[0]) * len(self.cuts[1])
+    def reads_beyond(self) -> int:
+        return beyond(line for family in self.families for lines in family[2:] for line in lines)
+
+    @property
+    def units(self) -> tuple[int, int, int, int]:
+        """By how many positions blocks are cut."""
+        return 1, 1, tile_size(self.families[0].a[0]), tile_size(self.families[0].b[0])
 
     @property
     def digits(self) -> list[list[Bounds]]:
-        along, channels = self.cuts
-        return [digit(0, each(self.problem.batch)), digit(self.along + 1, along), digit(4, channels)]
-
-    def block(self, index: int) -> Block:
-        """Return a block; those of the same rows follow each other."""
-        batch, spans = located(index, self.cuts)
-        return Block(batch, *spans)
+        found = []
+        for of, axis, cut, each in zip(self.order, self.axes, self.cuts, self.units, strict=False):
+            found.append(digit(of, ((each * p, min(axis.coarse, each * q)) for p, q in cut)))
+        return [*found, digit(4, self.cuts[4])]
 
     @property
-    def kernel(self) -> int:
-        """Taps of the third axis."""
-        return self.axes[self.along].kernel
-
-    @property
-    def lanes(self) -> int:
-        return len(self.slots.offsets)
-
-    @property
-    def largest_product(self) -> int:
-        lanes = max((move.many for move in self.slots.moves), default=1)
-        k = lanes * max(self.pairs.residues) * self.problem.cout
-        return self.cuts[0].longest * self.pairs.rows * k * self.cuts[1].longest
-
-    @property
-    def packed_values(self) -> int:
-        residues = sum(self.pairs.residues[term.family] for _, terms in self.pairs.stages for term in terms)
-        return self.kernel * residues * self.problem.cout * self.problem.cin
+    def packed_shapes(self) -> list[tuple[int, ...]]:
+        """Of each family: [point, point, tap, tap, tile, phase and cout, column]."""
+        cout, (tiles, columns) = self.problem.cout, self.tiles
+        return [(f.a[0].filters, f.b[0].filters, *f.taps, tiles, f.size * cout, columns) for f in self.families]
 
     @property
     def workspace_bytes(self) -> int:
-        here, item = self.cuts[0].longest, self.problem.compute_dtype.itemsize
-        cells, line, rows, sums = self._sizes(min(self.slots.count, here + self.slots.reach), here)
-        values = [*cells, line, rows, sums * len(self.pairs.b.points), sums * self.pairs.a.pair * self.pairs.b.pair]
-        return sum(aligned(n * item) for n in values)
+        sizes = [cut.longest for cut in self.cuts]
+        values = self._memory([self._shapes(family, sizes) for family in self.families], self._sums(sizes))
+        return max(self._packing_bytes, sum(aligned(n * self.problem.compute_dtype.itemsize) for n in values))
 
-    def _sizes(self, q: int, here: int) -> tuple[list[int], int, int, int]:
-        """Return the values of the cells of each pair of families, of a line and the rows of a point, of its sums."""
-        (a, b), columns = (self.pairs.a, self.pairs.b), q * self.lanes * self.problem.cout
-        both = zip(self.pairs.families, self.pairs.residues, strict=True)
-        of_b = [b.pair * b.length(g) * b.apart * residues * columns for (_, g), residues in both]
-        cells = [a.pair * a.length(f) * a.apart * n for (f, _), n in zip(self.pairs.families, of_b, strict=True)]
-        rows = self.pairs.rows * max(self.pairs.residues) * columns
-        return cells, a.rows * max(of_b), rows, here * self.pairs.rows * self.cuts[1].longest
+    def _memory(self, shapes: Any, sums: Any) -> list[int]:
+        """Return the values of memory for cells and products that are added, rows of one axis, of both, box and sums.
+
+        Cells are done with when there are products; results are there at last. With a single family the box is when
+        rows are combined along the second axis, and rows of one axis are when there are sums.
+        """
+        cells, along_a, along_b = (max(math.prod(shape) for shape in of) for of in zip(*shapes, strict=True))
+        box, of_sums = math.prod(self._box(shapes)) * self.problem.cout, math.prod(sums_memory(sums))
+        cells = max(cells, math.prod(sums))
+        if len(shapes) == 1 and along_a and along_b:
+            return [cells, max(along_a, of_sums), max(along_b, box)]
+        return [cells, along_a, along_b, box, of_sums]
+
+    def _sums(self, sizes: Any) -> Any:
+        """Return the shape of the sums of a block of so many positions, tiles and channels."""
+        u, v, a, b, channels = sizes
+        first = self.families[0]
+        return (*first.points, u, v, a * first.a[0].apart, b * first.b[0].apart, channels)
+
+    def _shapes(self, family: Family, sizes: Any) -> Any:
+        """Return the shapes of a family's cells, and of rows combined along one axis and both."""
+        u, v, a, b, _ = sizes
+        rows = tuple(n + (len(lines[0].taps) - 1) * lines[0].apart for n, lines in zip((u, v), family, strict=False))
+        lines = family.a[0], family.b[0]
+        n_a, n_b = (n * line.apart for n, line in zip((a, b), lines, strict=True))
+        l_a, l_b = ((n + (line.points - 1) // line.results) * line.apart for n, line in zip((a, b), lines, strict=True))
+        (r_a, r_b), (p_a, p_b), values = (
+            (line.results for line in lines),
+            family.points,
+            family.size * self.problem.cout,
+        )
+        return [
+            (r_a, r_b, *rows, l_a, l_b, values),
+            (p_a, r_b, *rows, n_a, l_b, values) if r_a > 1 else (0,),
+            (p_a, p_b, *rows, n_a, n_b, values) if r_b > 1 else (0,),
+        ]
+
+    @property
+    def _first(self) -> list[int]:
+        """The fine positions where the box of the first block begins."""
+        of_axes = [{line for family in self.families for line in family[i]} for i in range(4)]
+        return [min(_start(axis, line) for line in lines) for axis, lines in zip(self.axes, of_axes, strict=True)]
+
+    def _box(self, shapes: Any) -> Any:
+        """Return how many fine positions cells of such shapes hold, of all families."""
+        found, begins = [0] * 4, self._first
+        for family, (cells, *_) in zip(self.families, shapes, strict=True):
+            for i, (axis, lines, first) in enumerate(zip(self.axes, family, begins, strict=True)):
+                rows = cells[2 + i] * lines[0].results
+                last = max(_start(axis, line) for line in lines)
+                found[i] = max(found[i], last - first + axis.stride * (rows - 1) + 1)
+        return tuple(found)
 
     @property
     def reason(self) -> str:
-        names = [name for i, name in enumerate(("depth", "height", "width")) if i != self.along]
-        of_axes = zip(names, (self.pairs.a, self.pairs.b), strict=True)
-        filtered = " and ".join(name for name, of_axis in of_axes if of_axis.pair > 1)
-        channels = f", {self.cuts[1].longest} of {self.problem.cin} channels" if len(self.cuts[1]) > 1 else ""
-        rows = self.cuts[0].longest * self.pairs.rows
-        return f"minimal filtering along {filtered}, GEMMs of up to {rows} rows{channels}, filter packed"
+        return self.described("minimal filtering")
 
     def time_s(self, machine: Machine) -> float:
-        """Return the estimated time on one core; see cost.py."""
-        problem, (a, b) = self.problem, (self.pairs.a, self.pairs.b)
-        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
+        """Return the estimated time on one core, for blocks of mean size; see cost.py."""
+        problem = self.problem
         strided = problem.layout == "NCDHW"
-        cout, n = problem.cout, problem.cin / len(self.cuts[1])
-        here = self.axes[self.along].coarse / len(self.cuts[0])
-        q = min(self.slots.count, here + self.slots.reach)
-        rows, columns = here * self.pairs.rows, q * self.lanes * cout
-        total = packing = 0.0
-        for (f, g), residues in zip(self.pairs.families, self.pairs.residues, strict=True):
-            values = a.pair * a.length(f) * a.apart * b.pair * b.length(g) * b.apart * residues * columns
-            steps = a.pair * a.apart * b.pair * b.apart * residues * self.lanes
-            total += copy_s(values, cout, steps=steps, spilled=True, strided=strided) + copy_s(values, values)
-        for point, terms in self.pairs.stages:
-            for (i, p), of_p in groupby(terms, key=_of_first):
-                line = (
-                    a.rows * b.pair * b.length(self.pairs.families[i][1]) * b.apart * self.pairs.residues[i] * columns
-                )
-                total += len(a.takes(p, point)) * pass_s(line, line / q / a.tiles, spilled=spilled)
-                for term in of_p:
-                    k = self.pairs.residues[i] * cout
-                    made = self.pairs.rows * self.pairs.residues[i] * columns
-                    total += len(b.takes(term.pieces[1], term.point)) * pass_s(made, b.rows * k, spilled=spilled)
-                    total += sum(gemm_s(rows, n, k * move.many, spilled=spilled) for move in self.slots.moves)
-                    packing += 2 * copy_s(self.kernel * self.pairs.residues[i] * cout * problem.cin, n, spilled=True)
-            total += (2 * len(b.points) + 2) * pass_s(rows * n, rows * n, spilled=spilled)
-        total += copy_s(rows * a.pair * b.pair * n, n, steps=a.pair * b.pair, spilled=True, strided=strided)
-        return total * self.count + packing_s(problem, packing)
+        sizes = [cut.size / len(cut) for cut in self.cuts]
+        sums = math.prod(self._sums(sizes)[2:])
+        box = math.prod(self._box([self._shapes(family, sizes) for family in self.families])) * problem.cout
+        total, steps = copy_s(box, box, steps=0, spilled=True, strided=strided), 6
+        for number, family in enumerate(self.families):
+            cells, along_a, rows = self._shapes(family, sizes)
+            steps += sum(family.points) + 1
+            total += copy_s(math.prod(cells), problem.cout, steps=0, spilled=True)
+            total += math.prod(cells) / problem.cout * _CELL_S
+            for shape, run in ((along_a, math.prod(along_a[5:])), (rows, math.prod(rows[5:]))):
+                if len(shape) > 1:
+                    total += pass_s(math.prod(shape), run)
+            points, taps = math.prod(family.points), math.prod(family.taps)
+            total += self._products_s(taps, taps - (number == 0), points, points, sums / sizes[4], cells[-1])
+        first = self.families[0]
+        results = math.prod(lines[0].results for lines in first[2:])
+        total += combining_s(first.a[0], first.b[0], sums)
+        total += copy_s(results * sums, sizes[4], steps=0, spilled=True, strided=strided)
+        steps += math.prod(self.units) + 4
+        packing = packing_s(problem, copy_s(4 * self.packed_values, problem.cin, spilled=True))
+        return self.count * (total + steps * STEP_S) + packing
 
-    def pack(self, filter: Array, packed: Array) -> None:
-        """Combine the taps of both filtered axes, and lay them out as [channels, term, tap of the third axis, ...]."""
-        cin = self.problem.cin
-        each_channel, before = self.packed_values // cin, 0
-        for made in self._filters(filter, packed.dtype):
-            size = made.size // cin
-            for start, stop in self.cuts[1]:
-                to = packed[start * each_channel + before * (stop - start) :][: size * (stop - start)]
-                np.copyto(to.reshape(*made.shape[:4], stop - start), made[..., start:stop])
-            before += size
-
-    def _filters(self, filter: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
-        """Yield the filter of each term, as [tap of the third axis, residue, residue, cout, cin]."""
-        taps = filter.reshape(*(axis.kernel for axis in self.axes), self.problem.cout, self.problem.cin)
-        taps = np.moveaxis(taps, self.along, 0)
-        for point, terms in self.pairs.stages:
-            for (_, p), of_p in groupby(terms, key=_of_first):
-                lines = results.empty((self.kernel, len(p.taps), *taps.shape[2:]), dtype)
-                for i, of_residue in enumerate(p.taps):
-                    combine_taps([taps[:, tap] for tap in of_residue], point, lines[:, i])
-                for term in of_p:
-                    of_b = term.pieces[1].taps
-                    made = results.empty((self.kernel, len(p.taps), len(of_b), *taps.shape[3:]), dtype)
-                    for i, of_residue in enumerate(of_b):
-                        combine_taps([lines[:, :, tap] for tap in of_residue], term.point, made[:, :, i])
-                    yield made
+    def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
+        """Combine taps along both filtered axes; a part is some of the rows."""
+        problem, arrays = self.problem, self._packed(packed)
+        cout, (tiles, columns) = problem.cout, self.tiles
+        taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), cout, tiles, columns)
+        taps = taps.transpose(*self.order, 5, 4, 6)
+        for rows, _ in self.pieces(part, parts, cout, 1):
+            for family, to in zip(self.families, arrays, strict=True):
+                of_phases = ([evenly(line.taps) for line in lines] for lines in product(*family))
+                phases_of = [taps[u, v, a, b, :, rows] for u, v, a, b in of_phases]
+                of_points = to.reshape(*to.shape[:5], family.size, cout, columns)[..., rows, :]
+                workspace.reset()
+                pack_lines((family.a[0], family.b[0]), phases_of, of_points, workspace, turns=False)
 
     def run(self, index: int, operands: Operands, workspace: Workspace) -> None:
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
-        problem, (a, b), item = self.problem, (self.pairs.a, self.pairs.b), workspace.gemm.itemsize
         block = self.block(index)
         program = self._made(block)
-        here, n = block.along[1] - block.along[0], block.channels[1] - block.channels[0]
-        q, cout = program.q[1] - program.q[0], problem.cout
-        sizes = self._sizes(q, here)
-        cells = self._cells(program, operands, [workspace.take(size) for size in sizes[0]], q)
-        all_lines, all_rows = workspace.take(sizes[1]), workspace.take(sizes[2])
-        row = self.pairs.rows * n
-        sums = workspace.take(len(b.points), here * row)
-        results = workspace.take(a.pair, b.pair, here * row)
-        results.reshape(-1, n)[...] = operands.start(block.channels)
-        workspace.mark("pack")
-        rows_at, sums_at, q_values = address(all_rows), address(sums), self.pairs.rows * self.lanes
-        packed_at = address(operands.packed) + block.channels[0] * (self.packed_values // problem.cin) * item
-        for point, terms in self.pairs.stages if program.steps else ():
-            sums[...] = 0
-            for (i, p), of_p in groupby(terms, key=_of_first):
-                (_, g), k = self.pairs.families[i], self.pairs.residues[i] * cout
-                shape = b.pair, q, a.tiles, a.apart * b.length(g) * b.apart * self.lanes * k
-                lines = all_lines[: math.prod(shape)].reshape(shape)
-                combine_cells(cells[i], a.takes(p, point), lines)
-                lines = lines.reshape(b.pair, q * a.rows, b.length(g), -1)
-                rows = all_rows[: q * self.pairs.rows * self.lanes * k].reshape(q * a.rows, b.tiles, -1)
-                for term in of_p:
-                    combine_cells(lines, b.takes(term.pieces[1], term.point), rows)
-                    workspace.mark("pack")
-                    of_point = sums_at + b.points.index(term.point) * here * row * item
-                    for step in program.steps:
-                        workspace.gemm(
-                            step.rows * self.pairs.rows, n, step.many * k,
-                            rows_at + (step.q * q_values + step.slot) * k * item, self.lanes * k, False,
-                            packed_at + step.tap * k * n * item, n, False, of_point + step.row * row * item, n, True,
-                        )  # fmt: skip
-                    packed_at += self.kernel * k * n * item
-                    workspace.mark("gemm")
-            if b.pair > 1:
-                add_points(sums, b.points)
-            for result, sign in zip(results, SIGNS[point], strict=False):
-                if sign:
-                    (np.add if sign > 0 else np.subtract)(result, sums[-b.pair :], out=result)
-            workspace.mark("col2im")
-        if problem.dtype.kind == "c":
-            results += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
-        need_finite(results)
-        self._store(block, operands, results.reshape(a.pair, b.pair, here, a.tiles, a.apart, b.tiles, b.apart, n))
+        views = self._views(program.layout, workspace)
+        value, output, filters = self._opened(operands)
+        tiles = self.tiles_of(block.channels)
+        for beyond_value in views.cleared:
+            beyond_value[...] = 0
+        np.copyto(views.inside, value[program.source], casting="unsafe")
+        for family, filter in zip(views.families, filters, strict=True):
+            for to, source in family.fills:
+                np.copyto(to, source)
+            for of_axis in family.rows:
+                combine_rows(*of_axis)
+            workspace.mark("pack")
+            for multiply, tap in zip(family.taps, filter, strict=True):
+                multiply(tap[..., tiles, :, :, :])
+            workspace.mark("gemm")
+        views.combines(operands.start(block.channels))
+        workspace.mark("col2im")
+        Output(self.problem, output, block.channels).write(program.stores, views.stored)
         workspace.mark("store")
 
-    def _cells(self, program: Program, operands: Operands, arrays: list[Array], q: int) -> list[Array]:
-        """Fill the cells of all families, with zeros beyond the fine array: [which of a, ..., tile of a, the rest]."""
-        problem, (a, b) = self.problem, (self.pairs.a, self.pairs.b)
-        value = five(problem.layout, operands.value, problem.batch, [axis.fine for axis in self.axes], problem.cout)
-        value = np.moveaxis(value, self.along + 1, 1)
-        shaped = []
-        for (f, g), array in zip(self.pairs.families, arrays, strict=True):
-            array[...] = 0
-            shape = a.pair, b.pair, q, a.length(f), a.apart, b.length(g), b.apart, self.lanes
-            shaped.append(array.reshape(*shape, len(f.residues), len(g.residues), problem.cout))
-        for i, to, source in program.cells:
-            copy(shaped[i][to], value[source])
-        return [array.reshape(*array.shape[:4], math.prod(array.shape[4:])) for array in shaped]
+    def _opened(self, operands: Operands) -> tuple[Array, Array, list[list[Array]]]:
+        """Return the value and the output with axes in order, and of each family the filter of every tap."""
+        value, output = self._in_order(operands)
+        filters = [
+            [filter[:, :, i, j, np.newaxis, :, np.newaxis] for i, j in product(*map(range, family.taps))]
+            for family, filter in zip(self.families, self._packed(operands.packed), strict=True)
+        ]
+        return value, output, filters
 
-    def _store(self, block: Block, operands: Operands, results: Array) -> None:
-        problem, (a, b) = self.problem, (self.pairs.a, self.pairs.b)
-        output = five(problem.layout, operands.output, problem.batch, [axis.coarse for axis in self.axes], problem.cin)
-        output = np.moveaxis(output[block.batch, ..., slice(*block.channels)], self.along, 0)[slice(*block.along)]
-        for i, j, r, s in product(range(a.pair), range(b.pair), range(a.apart), range(b.apart)):
-            to = output[:, i * a.apart + r :: a.pair * a.apart, j * b.apart + s :: b.pair * b.apart]
-            store(to, results[i, j, :, : to.shape[1], r, : to.shape[2], s])
+    def _views(self, layout: Layout, workspace: Workspace) -> Views:
+        cout = self.problem.cout
+        memory = [workspace.take(values) for values in self._memory(layout.shapes, layout.sums)]
+        of_box, of_sums = (memory[2], memory[1]) if len(memory) == 3 else memory[3:]
+        # It lies as the value does, so that runs of it are copied.
+        natural = (layout.box[self.order.index(i)] for i in range(4))
+        box = of_box[: math.prod(layout.box) * cout].reshape(*natural, cout).transpose(*self.order, 4)
+        sums = of_sums[: math.prod(layout.sums)].reshape(layout.sums)
+        gemm = None if self.columns else workspace.gemm
+        families = []
+        for number, family in enumerate(self.families):
+            shape = layout.shapes[number][0]
+            cells = memory[0][: math.prod(shape)].reshape(shape)
+            rows, combines = cells, []
+            for axis, (line, *_) in enumerate(family[2:]):
+                rows, of_axis = combined(rows, (line,), line, axis, layout.sums[4 + axis], memory[1 + axis])
+                combines += of_axis
+            of_family = sums[: family.points[0], : family.points[1]]
+            boxes = _taken(family, layout.sums[2:4])
+            taps = [
+                Product(gemm, rows[:, :, *box], of_family, self.columns, memory[0], adds=number > 0 or i > 0)
+                for i, box in enumerate(boxes)
+            ]
+            families.append(FamilyViews(list(self._fills(family, cells, box, of_box)), combines, taps))
+        first = self.families[0]
+        combining = Combining(of_sums, layout.sums[2:], (first.a[0], first.b[0]), memory[0])
+        stored = [seen(self.problem, combining.results[at]) for at in layout.results]
+        inside = box[layout.inside]
+        cleared = list(_outside(box, layout.inside))
+        return Views(cleared, inside, families, combining, stored)
+
+    def _fills(self, family: Family, cells: Array, box: Array, flat: Array) -> Iterator[tuple[Array, Array]]:
+        """Yield cells of a family, and of the box what they are filled with: all phases that begin evenly apart.
+
+        `flat` is the memory of the box.
+        """
+        item, cout = box.itemsize, self.problem.cout
+        steps = [step // item for step in box.strides]
+        shape, at = [], []  # how often, and how far apart
+        for number, (axis, (line, *_)) in enumerate(zip(self.axes, family, strict=True)):
+            step, tile = axis.stride * steps[number], tile_size(line)
+            shape += [cells.shape[2 + number] // line.apart, line.apart] if number > 1 else [cells.shape[2 + number], 1]
+            at += [step * tile, step] if number > 1 else [step, 0]
+        for number, lines in ((1, family.b), (0, family.a)):
+            shape.insert(0, lines[0].results)
+            at.insert(0, self.axes[2 + number].stride * lines[0].apart * steps[2 + number])
+        cells = cells.reshape(*shape, *map(len, family), cout)
+        starts = (
+            [_start(axis, line) - first for line in lines]
+            for axis, lines, first in zip(self.axes, family, self._first, strict=True)
+        )
+        at = [0 if size == 1 else step for size, step in zip(shape, at, strict=True)]  # however large a stride is
+        for runs in product(*map(_even_runs, starts)):
+            first = sum(start * step for (_, start, _), step in zip(runs, steps, strict=False))
+            apart = [each * step for (*_, each), step in zip(runs, steps, strict=False)]
+            which: Index = (..., *(phases_of for phases_of, *_ in runs), slice(None))
+            to = cells[which]
+            yield to, as_strided(flat[first:], to.shape, [step * item for step in (*at, *apart, 1)], subok=True)
 
     def _made(self, block: Block) -> Program:
-        here, (first, last) = block.along, self.slots.shifts
-        start = max(0, here[0] + first)
-        q = start, max(start, min(self.slots.count, here[1] + last))
-        steps = []
-        for move in self.slots.moves:
-            begin, end = max(here[0], q[0] - move.shift), min(here[1], q[1] - move.shift)
-            if begin < end:
-                steps.append(
-                    Step(begin - here[0], begin + move.shift - q[0], end - begin, move.tap, move.slot, move.many)
-                )
-        cells = [
-            (k, (i, j, place.q, to_a, r, to_b, s, place.slot, x, y), (block.batch, place.fine, *source))
-            for k in range(len(self.pairs.families))
-            for (i, j, x, y, r, s), (to_a, to_b), source in self.pairs.cells(k)
-            for place in places(self.axes[self.along], self.slots, q)
-        ]
-        return Program(q, cells, steps)
+        sizes = [stop - start for start, stop in block]
+        shapes = [self._shapes(family, sizes) for family in self.families]
+        box = self._box(shapes)
+        inside, source = [], []
+        of_axes = zip(self.axes, self.read, self._first, self.units, box, block[:4], strict=True)
+        for axis, read, first, unit, size, (start, _) in of_axes:
+            origin = first + axis.stride * unit * start
+            begins, ends = max(0, origin), max(0, origin, min(axis.fine, origin + size))
+            inside.append(slice(begins - origin, ends - origin))
+            at = read[begins:ends]
+            source.append(slice(at[0], at[-1] + 1, at.step) if at else slice(0, 0))
+        along = []
+        for axis, lines, tiles in zip(self.axes[2:], self.families[0][2:], block[2:4], strict=True):
+            first = tile_size(lines[0]) * tiles[0]
+            found = strands(lines[0], first, axis.coarse, tiles[1] - tiles[0])
+            along.append([(which, places, slice(i[0], i[-1] + 1, i.step)) for which, places, i in found])
+        every = slice(None)
+        both = list(product(*along))
+        results = [(which_a, which_b, every, every, at_a, at_b) for (which_a, at_a, _), (which_b, at_b, _) in both]
+        stores = [(slice(*block.u), slice(*block.v), to_a, to_b) for (*_, to_a), (*_, to_b) in both]
+        return Program(Layout(self._sums(sizes), shapes, box, tuple(inside), results), tuple(source), stores)
 
 
-def _of_first(term: Term) -> tuple[int, Piece]:
-    """What the terms have in common that take the same line of the first axis."""
-    return term.family, term.pieces[0]
+def _taken(family: Family, sizes: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows along u and v that each tap takes for so many sums."""
+    (u, v), apart = sizes, [lines[0].apart for lines in family[:2]]
+    for i, j in product(*map(range, family.taps)):
+        yield slice(i * apart[0], i * apart[0] + u), slice(j * apart[1], j * apart[1] + v)
 
 
-def schedule(problem: Problem, machine: Machine) -> Schedule:
-    """Choose between GEMM along two axes, or along one as the twin has it, and small products by cost.
-
-    Raise CannotLowerError where no taps can be filtered.
-    """
-    item = problem.compute_dtype.itemsize
-    of_tiles = filtered_conv.candidates(problem, machine)
-    found: list[Schedule] = [s for s in of_tiles if s.packed_values * item <= winograd.MOST_PACKED]
-    if all(axis.stride == 1 for axis in problem.axes):
-        with suppress(CannotLowerError):
-            found.append(winograd.schedule(twin(problem), machine))
-    try:
-        found.append(paired(problem, machine))
-    except CannotLowerError:
-        if not found:
-            raise
-    return min(found, key=lambda s: total_s(s, machine))
+def _start(axis: Axis, line: Line) -> int:
+    """Return the fine position of a line's first row for the first position of the result."""
+    return line.first * axis.stride + phases(axis)[line.slot].offset
 
 
-def paired(problem: Problem, machine: Machine) -> Paired:
-    """Choose the axes and blocks for a problem by cost, or raise CannotLowerError where nothing can be filtered."""
-    axes = canonical(problem.axes)
-    of_axes = [scheme(axis) for axis in axes]
-    found: list[Paired] = []
-    for along in range(3):
-        a, b = (of_axis for i, of_axis in enumerate(of_axes) if i != along)
-        if a.pair == b.pair == 1:
+def _outside(box: Array, inside: Index) -> Iterator[Array]:
+    """Yield what of a box is not inside, in slabs."""
+    for axis, (of, size) in enumerate(zip(inside, box.shape, strict=False)):
+        for slab in (slice(0, of.start), slice(of.stop, size)):
+            if slab.start < slab.stop:
+                yield box[*inside[:axis], slab]
+
+
+def _even_runs(starts: list[int]) -> list[tuple[slice, int, int]]:
+    """Return runs of starts that are evenly apart: which, the first of them, and how far apart they are."""
+    found, first = [], 0
+    while first < len(starts):
+        stop = first + 1
+        step = starts[stop] - starts[first] if stop < len(starts) else 0
+        while stop < len(starts) and starts[stop] - starts[stop - 1] == step:
+            stop += 1
+        found.append((slice(first, stop), starts[first], step))
+        first = stop
+    return found
+
+
+def schedule(problem: Problem, machine: Machine) -> WinogradConv:
+    """Choose axes and blocks for a problem by cost, or raise CannotLowerError where no axis can be filtered."""
+    return fastest(candidates(problem), problem, machine, "no two taps meet in a cell", "im2col")
+
+
+def candidates(problem: Problem) -> list[WinogradConv]:
+    """Return schedules for every choice of one or two filtered axes."""
+    axes, read = zip(*map(one_phase, (Axis(problem.batch, problem.batch, 1), *canonical(problem.axes))), strict=True)
+    if not all(phases(axis) for axis in axes):
+        return []
+    plain = [_families(lines_of(axis, gathers=True, results=1)) for axis in axes]
+    filtered = [_families(lines_of(axis, gathers=True)) for axis in axes]
+    found = []
+    for along in (*combinations((1, 2, 3), 1), *combinations((1, 2, 3), 2)):
+        order = order_of(along)
+        every = [filtered[i] if i in along else plain[i] for i in order]
+        families = tuple(Family(*lines) for lines in product(*every))
+        if not families:
             continue
-        of_axis, pairs = slots(axes[along]), Pairs(a, b)
-        for parts, rows in product(_PARTS, _ROWS):
-            if parts == 1 or problem.cin >= parts * _WIDE:
-                cuts = Cut(axes[along].coarse, max(1, rows // pairs.rows)), Cut(problem.cin, -(-problem.cin // parts))
-                found.append(Paired(problem, axes, along, of_axis, pairs, cuts))
-    text = f"{problem.operation}: algorithm='winograd' cannot do this problem:"
-    if not found:
-        kernel, strides, dilations = (
-            "x".join(str(getattr(axis, name)) for axis in problem.axes) for name in ("kernel", "stride", "dilation")
-        )
-        raise CannotLowerError(
-            f"{text} no two taps meet in a cell, got kernel {kernel}, strides {strides}, dilations {dilations}; "
-            "'im2col' and 'auto' can"
-        )
-    return best(winograd.affordable(found, machine, text, "im2col"), machine)
+        u, v, a, b = (axes[i] for i in order)
+        of_u, of_v, of_a, of_b = (read[i] for i in order)
+        deepest = max(family.size for family in families) * problem.cout
+        channels = channel_cuts(problem, problem.cin, deepest)
+        steps = (1, 1, tile_size(families[0].a[0]), tile_size(families[0].b[0]))
+        for cuts, (cut, columns) in product(cuts_of([axis.coarse for axis in (u, v, a, b)], steps), channels):
+            found.append(
+                WinogradConv(problem, along, (u, v, a, b), (of_u, of_v, of_a, of_b), families, (*cuts, cut), columns)
+            )
+    return found
+
+
+def _families(lines: Lines) -> list[Lines]:
+    """Return the lines of an axis by their number of taps, the most first."""
+    by_taps = sorted(lines, key=lambda line: -len(line.taps))
+    return [tuple(found) for _, found in groupby(by_taps, key=lambda line: len(line.taps))]
