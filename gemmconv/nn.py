@@ -269,7 +269,7 @@ def conv3d_backprop_filter_v2(
         Those of the convolution; strides and padding are required.
     out, workers
         As in `conv3d_transpose`.
-    algorithm : {'auto', 'im2col', 'mec'}
+    algorithm : {'auto', 'im2col', 'winograd', 'mec'}
         As in `conv3d`.
 
     Returns

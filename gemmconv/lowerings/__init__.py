@@ -16,6 +16,7 @@ from gemmconv.lowerings import (
     mec_gradient,
     winograd,
     winograd_conv,
+    winograd_gradient,
 )
 from gemmconv.lowerings.base import CannotLowerError, NotFiniteError, Operands, Schedule, Workspace
 from gemmconv.machine import Machine
@@ -39,6 +40,7 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
     },
     "conv3d_backprop_filter": {
         "im2col": gradient.schedule,
+        "winograd": winograd_gradient.schedule,
         "mec": mec_gradient.schedule,
     },
 }

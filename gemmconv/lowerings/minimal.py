@@ -15,7 +15,7 @@ arXiv:1509.09308.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -116,6 +116,26 @@ def _sums_matrix(first: tuple[int, int], second: tuple[int, int], dtype: np.dtyp
         along.append(of_line)
     both = np.kron(*along)
     found: Array = np.concatenate([both, np.ones((len(both), 1), dtype)], axis=1)
+    found.flags.writeable = False
+    return found
+
+
+def points_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
+    """Return the matrix that combines the results [result, result] of a tile to points: `sums_matrix` turned."""
+    return _turned(_sums_matrix, (first.results, first.points), (second.results, second.points), dtype)
+
+
+def gradient_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
+    """Return the matrix that combines the gradients of points' filters to those of taps: `taps_matrix` turned."""
+    return _turned(_taps_matrix, len(first.taps), len(second.taps), dtype)
+
+
+@lru_cache(maxsize=64)
+def _turned(of: Callable[..., Array], first: Any, second: Any, dtype: np.dtype[Any]) -> Array:
+    matrix = of(first, second, dtype)
+    if of is _sums_matrix:
+        matrix = matrix[:, :-1]
+    found: Array = np.ascontiguousarray(matrix.T)
     found.flags.writeable = False
     return found
 

@@ -66,11 +66,11 @@ def tile(m: int, n: int, k: int, item: int, columns: int = 0, *, turned: bool = 
         if n * k * item > _KEPT:
             deepest = min(deepest, max(_LEAST, _PANEL // (n * item)))
         columns = n if n <= _UNCUT and (turned or few * n * deepest <= most) else min(n, _COLUMNS)
-    depth = _even_length(k, max(1, min(deepest, most // (few * columns))))
+    depth = even_length(k, max(1, min(deepest, most // (few * columns))))
     return Tile(rows_each(m, max(2, most // (columns * depth)), columns, n * depth), columns, depth)
 
 
-def _even_length(size: int, most: int) -> int:
+def even_length(size: int, most: int) -> int:
     """Return the length of parts of at most so many; of equal ones, which are formed in one step, if few more do."""
     parts = -(-size // most)
     return -(-size // next((p for p in range(parts, 2 * parts) if size % p == 0), parts))
@@ -244,7 +244,7 @@ def multiply_few(a: Array, b: Array, out: Array) -> None:
     """Form the product of a small matrix a [m, k] and b [k, ..., n] in out [m, ..., n]; m and n are not 1."""
     n, kind = b.shape[-1], a.dtype.kind
     most = (_most() if kind == "f" else 0) or serial_products(kind) or n * a.size
-    for start, stop, many in alike(n, _even_length(n, most // a.size)):
+    for start, stop, many in alike(n, even_length(n, most // a.size)):
         right, to = (array[..., start:stop].reshape(*array.shape[:-1], many, -1) for array in (b, out))
         np.matmul(a, np.moveaxis(right, 0, -2), out=np.moveaxis(to, 0, -2))
 

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gemmconv.blas import Gemm
-from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Workspace, aligned, canonical, five
+from gemmconv.lowerings.base import (
+    Array,
+    CannotLowerError,
+    Operands,
+    Schedule,
+    Usual,
+    Workspace,
+    aligned,
+    canonical,
+    five,
+)
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
 from gemmconv.lowerings.copies import as_items, copy_turned, item_size, need_finite, store
 from gemmconv.lowerings.cost import gemm_s, pass_s, read_s, total_s, unpacked_s
@@ -201,7 +211,7 @@ class Tiling(Usual, ABC):
         return value.transpose(*self.order, 4), output.transpose(*self.order, 4)
 
 
-T = TypeVar("T", bound=Tiling)
+T = TypeVar("T", bound=Schedule)
 
 
 def fastest(found: Sequence[T], problem: Problem, machine: Machine, rule: str, other: str) -> T:
@@ -249,7 +259,7 @@ class Product:
         self._sums, self._added = sums, None
         written = () if adds and gemm is None else (sums,)
         # Where no line is cut the rows of all follow each other.
-        lines = 1 if all(map(_is_whole, (rows, *written))) else rows.shape[2]
+        lines = 1 if all(map(is_whole, (rows, *written))) else rows.shape[2]
         left, *to = (array.reshape(*array.shape[:2], lines, -1, array.shape[-1]) for array in (rows, *written))
         if gemm is not None:
             self._multiply: Tiled | ByGemm = ByGemm(gemm, left, *to, adds=adds)
@@ -265,7 +275,7 @@ class Product:
             np.add(self._sums, self._added, self._sums)
 
 
-def _is_whole(array: Array) -> bool:
+def is_whole(array: Array) -> bool:
     """Whether the lines [u, v] of an array follow each other."""
     return bool(array.shape[2] == 1 or array.strides[2] == array.shape[3] * array.strides[3])
 

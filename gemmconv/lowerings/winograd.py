@@ -243,7 +243,7 @@ class Winograd(Tiling):
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         block = self.block(index)
-        program = self._made(block)
+        program = self.made(block)
         views = self._views(program.layout, workspace)
         value, output, filters = self._opened(operands)
         mine, start = Output(self.problem, output, block.channels), operands.start(block.channels)
@@ -314,7 +314,8 @@ class Winograd(Tiling):
             stages[-1] = stages[-1]._replace(combines=combines, stored=stored)
         return Views(cells, [seen(self.problem, cells[at]) for at in layout.cells], stages)
 
-    def _made(self, block: Block) -> Program:
+    def made(self, block: Block) -> Program:
+        """Return what a block does."""
         spans = block[:4]
         sizes = [stop - start for start, stop in (*spans, block.channels)]
         shapes = [list(shape) for shape in self._shapes(sizes, [_most(lines) for lines in self.lines])]

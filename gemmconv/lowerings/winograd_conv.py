@@ -94,20 +94,40 @@ class Program(NamedTuple):
     stores: list[Index]  # in the output, of the results
 
 
-class FamilyViews(NamedTuple):
-    """The arrays of a family."""
+class FamilyRows(NamedTuple):
+    """The rows of a family."""
 
     fills: list[tuple[Array, Array]]  # of the cells, of the box
-    rows: list[Rows]
-    taps: list[Product]
+    combined: list[Rows]
+    taps: list[Array]  # those that each tap takes
+
+    def fill(self) -> None:
+        """Combine them."""
+        for to, source in self.fills:
+            np.copyto(to, source)
+        for of_axis in self.combined:
+            combine_rows(*of_axis)
+
+
+class BlockRows(NamedTuple):
+    """The rows of all families."""
+
+    cleared: list[Array]  # of the box, what lies beyond the value
+    inside: Array
+    families: list[FamilyRows]
+
+    def open(self, value: Array) -> None:
+        """Copy what the box holds of the value."""
+        for beyond_value in self.cleared:
+            beyond_value[...] = 0
+        np.copyto(self.inside, value, casting="unsafe")
 
 
 class Views(NamedTuple):
     """The arrays of a layout."""
 
-    cleared: list[Array]  # of the box, what lies beyond the value
-    inside: Array
-    families: list[FamilyViews]
+    rows: BlockRows
+    products: list[list[Product]]  # of each family's taps
     combines: Combining
     stored: list[Array]
 
@@ -149,7 +169,7 @@ class WinogradConv(Tiling):
     @property
     def workspace_bytes(self) -> int:
         sizes = [cut.longest for cut in self.cuts]
-        values = self._memory([self._shapes(family, sizes) for family in self.families], self._sums(sizes))
+        values = self._memory([self._shapes(family, sizes) for family in self.families], self.sums(sizes))
         return max(self._packing_bytes, sum(aligned(n * self.problem.compute_dtype.itemsize) for n in values))
 
     def _memory(self, shapes: Any, sums: Any) -> list[int]:
@@ -165,7 +185,7 @@ class WinogradConv(Tiling):
             return [cells, max(along_a, of_sums), max(along_b, box)]
         return [cells, along_a, along_b, box, of_sums]
 
-    def _sums(self, sizes: Any) -> Any:
+    def sums(self, sizes: Any) -> Any:
         """Return the shape of the sums of a block of so many positions, tiles and channels."""
         u, v, a, b, channels = sizes
         first = self.families[0]
@@ -214,19 +234,11 @@ class WinogradConv(Tiling):
         problem = self.problem
         strided = problem.layout == "NCDHW"
         sizes = [cut.size / len(cut) for cut in self.cuts]
-        sums = math.prod(self._sums(sizes)[2:])
-        box = math.prod(self._box([self._shapes(family, sizes) for family in self.families])) * problem.cout
-        total, steps = copy_s(box, box, steps=0, spilled=True, strided=strided), 6
+        sums = math.prod(self.sums(sizes)[2:])
+        total, steps = self.filled_s(sizes), 6
         for number, family in enumerate(self.families):
-            cells, along_a, rows = self._shapes(family, sizes)
-            steps += sum(family.points) + 1
-            total += copy_s(math.prod(cells), problem.cout, steps=0, spilled=True)
-            total += math.prod(cells) / problem.cout * _CELL_S
-            for shape, run in ((along_a, math.prod(along_a[5:])), (rows, math.prod(rows[5:]))):
-                if len(shape) > 1:
-                    total += pass_s(math.prod(shape), run)
-            points, taps = math.prod(family.points), math.prod(family.taps)
-            total += self._products_s(taps, taps - (number == 0), points, points, sums / sizes[4], cells[-1])
+            points, taps, k = math.prod(family.points), math.prod(family.taps), family.size * problem.cout
+            total += self._products_s(taps, taps - (number == 0), points, points, sums / sizes[4], k)
         first = self.families[0]
         results = math.prod(lines[0].results for lines in first[2:])
         total += combining_s(first.a[0], first.b[0], sums)
@@ -234,6 +246,20 @@ class WinogradConv(Tiling):
         steps += math.prod(self.units) + 4
         packing = packing_s(problem, copy_s(4 * self.packed_values, problem.cin, spilled=True))
         return self.count * (total + steps * STEP_S) + packing
+
+    def filled_s(self, sizes: Sequence[float]) -> float:
+        """Return the time to fill and combine the rows of a block of such sizes."""
+        cout = self.problem.cout
+        box = math.prod(self._box([self._shapes(family, sizes) for family in self.families])) * cout
+        total = copy_s(box, box, steps=0, spilled=True, strided=self.problem.layout == "NCDHW")
+        for family in self.families:
+            cells, along_a, rows = self._shapes(family, sizes)
+            total += (sum(family.points) + 1) * STEP_S
+            total += copy_s(math.prod(cells), cout, steps=0, spilled=True) + math.prod(cells) / cout * _CELL_S
+            for shape, run in ((along_a, math.prod(along_a[5:])), (rows, math.prod(rows[5:]))):
+                if len(shape) > 1:
+                    total += pass_s(math.prod(shape), run)
+        return total
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Combine taps along both filtered axes; a part is some of the rows."""
@@ -253,20 +279,15 @@ class WinogradConv(Tiling):
         workspace.buffer(SMALLEST_BUFFER)
         workspace.reset()
         block = self.block(index)
-        program = self._made(block)
+        program = self.made(block)
         views = self._views(program.layout, workspace)
         value, output, filters = self._opened(operands)
         tiles = self.tiles_of(block.channels)
-        for beyond_value in views.cleared:
-            beyond_value[...] = 0
-        np.copyto(views.inside, value[program.source], casting="unsafe")
-        for family, filter in zip(views.families, filters, strict=True):
-            for to, source in family.fills:
-                np.copyto(to, source)
-            for of_axis in family.rows:
-                combine_rows(*of_axis)
+        views.rows.open(value[program.source])
+        for family, products, filter in zip(views.rows.families, views.products, filters, strict=True):
+            family.fill()
             workspace.mark("pack")
-            for multiply, tap in zip(family.taps, filter, strict=True):
+            for multiply, tap in zip(products, filter, strict=True):
                 multiply(tap[..., tiles, :, :, :])
             workspace.mark("gemm")
         views.combines(operands.start(block.channels))
@@ -284,14 +305,33 @@ class WinogradConv(Tiling):
         return value, output, filters
 
     def _views(self, layout: Layout, workspace: Workspace) -> Views:
-        cout = self.problem.cout
         memory = [workspace.take(values) for values in self._memory(layout.shapes, layout.sums)]
-        of_box, of_sums = (memory[2], memory[1]) if len(memory) == 3 else memory[3:]
+        rows, of_sums = self.rows_of(layout, memory), memory[1] if len(memory) == 3 else memory[4]
+        sums = of_sums[: math.prod(layout.sums)].reshape(layout.sums)
+        gemm = None if self.columns else workspace.gemm
+        products = []
+        for number, (family, of_family) in enumerate(zip(self.families, rows.families, strict=True)):
+            to = sums[: family.points[0], : family.points[1]]
+            products.append([
+                Product(gemm, taken, to, self.columns, memory[0], adds=number > 0 or i > 0)
+                for i, taken in enumerate(of_family.taps)
+            ])  # fmt: skip
+        first = self.families[0]
+        combining = Combining(of_sums, layout.sums[2:], (first.a[0], first.b[0]), memory[0])
+        stored = [seen(self.problem, combining.results[at]) for at in layout.results]
+        return Views(rows, products, combining, stored)
+
+    def memory(self, layout: Layout) -> list[int]:
+        """Return the values of memory that `rows_of` takes."""
+        found = self._memory(layout.shapes, layout.sums)
+        return found if len(found) == 3 else found[:4]
+
+    def rows_of(self, layout: Layout, memory: list[Array]) -> BlockRows:
+        """Return what is filled, in the memory for cells, rows of one axis, of both, and box."""
+        cout, of_box = self.problem.cout, memory[2] if len(memory) == 3 else memory[3]
         # It lies as the value does, so that runs of it are copied.
         natural = (layout.box[self.order.index(i)] for i in range(4))
         box = of_box[: math.prod(layout.box) * cout].reshape(*natural, cout).transpose(*self.order, 4)
-        sums = of_sums[: math.prod(layout.sums)].reshape(layout.sums)
-        gemm = None if self.columns else workspace.gemm
         families = []
         for number, family in enumerate(self.families):
             shape = layout.shapes[number][0]
@@ -300,19 +340,9 @@ class WinogradConv(Tiling):
             for axis, (line, *_) in enumerate(family[2:]):
                 rows, of_axis = combined(rows, (line,), line, axis, layout.sums[4 + axis], memory[1 + axis])
                 combines += of_axis
-            of_family = sums[: family.points[0], : family.points[1]]
-            boxes = _taken(family, layout.sums[2:4])
-            taps = [
-                Product(gemm, rows[:, :, *box], of_family, self.columns, memory[0], adds=number > 0 or i > 0)
-                for i, box in enumerate(boxes)
-            ]
-            families.append(FamilyViews(list(self._fills(family, cells, box, of_box)), combines, taps))
-        first = self.families[0]
-        combining = Combining(of_sums, layout.sums[2:], (first.a[0], first.b[0]), memory[0])
-        stored = [seen(self.problem, combining.results[at]) for at in layout.results]
-        inside = box[layout.inside]
-        cleared = list(_outside(box, layout.inside))
-        return Views(cleared, inside, families, combining, stored)
+            taps = [rows[:, :, *of_tap] for of_tap in _taken(family, layout.sums[2:4])]
+            families.append(FamilyRows(list(self._fills(family, cells, box, of_box)), combines, taps))
+        return BlockRows(list(_outside(box, layout.inside)), box[layout.inside], families)
 
     def _fills(self, family: Family, cells: Array, box: Array, flat: Array) -> Iterator[tuple[Array, Array]]:
         """Yield cells of a family, and of the box what they are filled with: all phases that begin evenly apart.
@@ -342,7 +372,8 @@ class WinogradConv(Tiling):
             to = cells[which]
             yield to, as_strided(flat[first:], to.shape, [step * item for step in (*at, *apart, 1)], subok=True)
 
-    def _made(self, block: Block) -> Program:
+    def made(self, block: Block) -> Program:
+        """Return what a block does."""
         sizes = [stop - start for start, stop in block]
         shapes = [self._shapes(family, sizes) for family in self.families]
         box = self._box(shapes)
@@ -363,7 +394,7 @@ class WinogradConv(Tiling):
         both = list(product(*along))
         results = [(which_a, which_b, every, every, at_a, at_b) for (which_a, at_a, _), (which_b, at_b, _) in both]
         stores = [(slice(*block.u), slice(*block.v), to_a, to_b) for (*_, to_a), (*_, to_b) in both]
-        return Program(Layout(self._sums(sizes), shapes, box, tuple(inside), results), tuple(source), stores)
+        return Program(Layout(self.sums(sizes), shapes, box, tuple(inside), results), tuple(source), stores)
 
 
 def _taken(family: Family, sizes: Sequence[int]) -> Iterator[tuple[slice, slice]]:
