@@ -15,7 +15,7 @@ arXiv:1509.09308.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -107,6 +107,21 @@ def sums_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
     return _sums_matrix((first.results, first.points), (second.results, second.points), dtype)
 
 
+def points_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
+    """Return the matrix that combines the results [result, result] of a tile to points: `sums_matrix` turned."""
+    return _points_matrix((first.results, first.points), (second.results, second.points), dtype)
+
+
+def taps_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
+    """Return the matrix that combines the taps [tap, tap] of two lines, in the order of their rows, to filters."""
+    return _taps_matrix(len(first.taps), len(second.taps), dtype)
+
+
+def gradient_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
+    """Return the matrix that combines the gradients of points' filters to those of taps: `taps_matrix` turned."""
+    return _gradient_matrix(len(first.taps), len(second.taps), dtype)
+
+
 @lru_cache(maxsize=64)
 def _sums_matrix(first: tuple[int, int], second: tuple[int, int], dtype: np.dtype[Any]) -> Array:
     along = []
@@ -115,38 +130,26 @@ def _sums_matrix(first: tuple[int, int], second: tuple[int, int], dtype: np.dtyp
         of_line[:, n:] = np.array([[1, 1], [-1, 1]])[:n, : points - n]
         along.append(of_line)
     both = np.kron(*along)
-    found: Array = np.concatenate([both, np.ones((len(both), 1), dtype)], axis=1)
-    found.flags.writeable = False
-    return found
-
-
-def points_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
-    """Return the matrix that combines the results [result, result] of a tile to points: `sums_matrix` turned."""
-    return _turned(_sums_matrix, (first.results, first.points), (second.results, second.points), dtype)
-
-
-def gradient_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
-    """Return the matrix that combines the gradients of points' filters to those of taps: `taps_matrix` turned."""
-    return _turned(_taps_matrix, len(first.taps), len(second.taps), dtype)
+    return _constant(np.concatenate([both, np.ones((len(both), 1), dtype)], axis=1))
 
 
 @lru_cache(maxsize=64)
-def _turned(of: Callable[..., Array], first: Any, second: Any, dtype: np.dtype[Any]) -> Array:
-    matrix = of(first, second, dtype)
-    if of is _sums_matrix:
-        matrix = matrix[:, :-1]
-    found: Array = np.ascontiguousarray(matrix.T)
-    found.flags.writeable = False
-    return found
-
-
-def taps_matrix(first: Line, second: Line, dtype: np.dtype[Any]) -> Array:
-    """Return the matrix that combines the taps [tap, tap] of two lines, in the order of their rows, to filters."""
-    return _taps_matrix(len(first.taps), len(second.taps), dtype)
+def _points_matrix(first: tuple[int, int], second: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+    return _constant(_sums_matrix(first, second, dtype)[:, :-1].T)
 
 
 @lru_cache(maxsize=64)
 def _taps_matrix(first: int, second: int, dtype: np.dtype[Any]) -> Array:
-    found: Array = np.kron(*(np.array(_COMBINED[taps], dtype) for taps in (first, second)))
+    return _constant(np.kron(*(np.array(_COMBINED[taps], dtype) for taps in (first, second))))
+
+
+@lru_cache(maxsize=64)
+def _gradient_matrix(first: int, second: int, dtype: np.dtype[Any]) -> Array:
+    return _constant(_taps_matrix(first, second, dtype).T)
+
+
+def _constant(array: Array) -> Array:
+    """Return a contiguous array that recorded steps may keep."""
+    found = np.ascontiguousarray(array)
     found.flags.writeable = False
     return found
