@@ -647,8 +647,10 @@ def test_workers_do_not_change_bits(operation, case, layout, monkeypatch):
                 out = np.empty_like(y)
                 assert calls.compute("asked", problem, first, second, out=out, **extra) is out
                 assert same_bits(out, y)
-            factor = 2 if plan.algorithm == "winograd" else 1
-            assert (np.abs(y - exact) <= factor * np.sqrt(terms) * UNIT * most).all()
+            factor, sizes = 2 if plan.algorithm == "winograd" else 1, most
+            if factor == 2 and operation == OPERATIONS[2]:  # sums of neighbouring taps cancel in it, the largest too
+                sizes = most.max((0, 1, 2), keepdims=True)
+            assert (np.abs(y - exact) <= factor * np.sqrt(terms) * UNIT * sizes).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "complex64"])

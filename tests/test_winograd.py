@@ -380,7 +380,9 @@ def test_rounding(operation, along):
     for schedule in EVERY[operation].candidates(problem)[::7]:
         if len(schedule.along) == along:
             error = np.abs(run(plan_of(problem, schedule), first, second) - exact)
-            assert (error <= 2 * np.sqrt(terms) * UNIT * most).all()
+            # Sums of neighbouring taps cancel in a gradient.
+            sizes = most if operation in MODULES else most.max((0, 1, 2), keepdims=True)
+            assert (error <= 2 * np.sqrt(terms) * UNIT * sizes).all()
             assert np.sqrt(np.mean((error / most) ** 2)) <= UNIT
 
 
