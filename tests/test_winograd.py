@@ -22,6 +22,7 @@ from test_relation import LAYOUTS, ONE, operands, run
 from gemmconv import running, threads
 from gemmconv.lowerings import base, by_taps, minimal, products, tape, winograd, winograd_conv, winograd_gradient
 from gemmconv.lowerings.base import Operands, Workspace
+from gemmconv.lowerings.phases import one_phase
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
 from gemmconv.problem import Axis, Problem
@@ -245,6 +246,23 @@ def test_parts_of_a_filter_with_the_kernels_that_blas_would_choose():
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_an_axis_of_one_phase_reads_the_same_positions():
+    """Random axes with any padding: each tap of each coarse position, or none where it falls beside the fine array."""
+    rng, thinned = np.random.default_rng(8), 0
+    for _ in range(3000):
+        coarse, kernel, stride, dilation = (int(n) for n in rng.integers(1, 7, 4))
+        axis = Axis(coarse, int(rng.integers(15)), kernel, stride, dilation, int(rng.integers(-7, 10)))
+        found, read = one_phase(axis)
+        thinned += found.stride < stride
+        for i, tap in itertools.product(range(coarse), range(kernel)):
+            at = i * stride + tap * dilation - axis.lo
+            q = i * found.stride + tap * found.dilation - found.lo
+            want = at if 0 <= at < axis.fine else None
+            assert (read[q] if 0 <= q < found.fine else None) == want, (axis, found)
+        assert found.fine == len(read)
+    assert thinned > 500
 
 
 @pytest.mark.parametrize("taps", [*itertools.product((1, 2, 3), repeat=2)])
