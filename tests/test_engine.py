@@ -82,8 +82,11 @@ def plan_of(problem, order, l2_bytes, workers=2):
     try:
         return dataclasses.replace(plan, schedule=ORDERS[order](problem, machine))
     except CannotLowerError:
-        if order == "by_planes" or (order == "winograd" and l2_bytes >= CACHE):
-            assert problem.axes[2].fine > problem.axes[2].coarse or max(problem.kernel) > 1 or order == "winograd"
+        if order == "by_planes":
+            assert problem.axes[2].fine > problem.axes[2].coarse or max(problem.kernel) > 1
+            return None
+        if order == "winograd" and l2_bytes >= CACHE:
+            assert not winograd.candidates(problem)
             return None
         assert order not in COL2IM  # not in so small a cache
         return plan_of(problem, order, 8 * l2_bytes, workers)
@@ -157,9 +160,9 @@ def test_blocks_of_few_positions_give_the_oracles_bits(order, positions, monkeyp
         if plan is None:
             continue
         value, filter = (integers(rng, s, problem.dtype) for s in (problem.coarse_shape, problem.filter_shape))
-        cut += len(plan.schedule.cuts[-1]) > 1
+        cut += len(plan.schedule.cuts[2 if order == "kn2row" else 3]) > 1
         assert same_bits(plan(value, filter), oracle.rounded(expected(problem, value, filter), problem.dtype)), i
-    assert cut > 5 or positions > 7 or order == "winograd"
+    assert cut > 5 or positions > 7
 
 
 def test_width_blocks_shorter_than_the_taps_reach(monkeypatch):

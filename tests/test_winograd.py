@@ -20,7 +20,17 @@ from test_lowerings import UNIT, _no_zeros_by_luck, check_cells, told  # noqa: F
 from test_relation import LAYOUTS, ONE, operands, run
 
 from gemmconv import running, threads
-from gemmconv.lowerings import base, by_taps, minimal, products, tape, winograd, winograd_conv, winograd_gradient
+from gemmconv.lowerings import (
+    base,
+    by_taps,
+    minimal,
+    products,
+    tape,
+    tiling,
+    winograd,
+    winograd_conv,
+    winograd_gradient,
+)
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.lowerings.phases import one_phase
 from gemmconv.machine import Machine
@@ -32,8 +42,8 @@ EVERY = MODULES | {"conv3d_backprop_filter": winograd_gradient}
 # The largest product that OpenBLAS does not pack, where it has kernels for it.
 SMALL = 1_000_000
 MACHINE = Machine(2, 1 << 20, 1 << 25)
-# One to three taps a phase: stride 1, 2 and 3, dilated, cut and open ends, a kernel below the stride; and five and
-# four, which a convolution cuts to pieces.
+# One to three taps a phase: stride 1, 2 and 3, dilated, cut and open ends, kernels up to the stride; and four and five,
+# which are cut to pieces.
 AXES = [
     Axis(5, 5, 3, 1, 1, 1),
     Axis(3, 6, 4, 2, 1, 1),
@@ -46,6 +56,7 @@ AXES = [
     Axis(4, 15, 3, 2, 2, 1),
     Axis(3, 5, 2, 3, 1, 1),
     Axis(9, 12, 2, 1, 3, 0),
+    Axis(7, 14, 2, 2, 1, 0),
     ONE,
 ]
 LONG = [Axis(5, 6, 5, 1, 1, 2), Axis(4, 9, 7, 2, 1, 3)]
@@ -168,6 +179,89 @@ def test_blocks_write_what_their_digits_say(operation):
             check_blocks(rng, problem, schedule)
 
 
+@pytest.mark.usefixtures("_buffer", "_small")
+def test_shares_of_a_gradient_add_up():
+    """Each with a memory of NaN before; random problems in one share and in several."""
+    rng, looked_at = np.random.default_rng(9), set()
+    while len(looked_at) < 3:
+        problem = drawn_problem(rng, "conv3d_backprop_filter")
+        first, second, _ = operands(rng, problem, largest=3)
+        want = rounded(relation.result(problem, first, second), "float32")
+        steps = tuple(
+            base.steps_of(problem.layout, role == "filter", array.shape, base.order(problem.axes))
+            for role, array in zip(problem.roles, (first, second, want), strict=True)
+        )
+        for schedule in winograd_gradient.candidates(problem)[::9]:
+            looked_at.add(schedule.shares)
+            workspace = Workspace(schedule.workspace_bytes, problem.compute_dtype)
+            shares = np.full((schedule.shares, *want.shape), np.nan, np.float32)
+            for index, share in enumerate(shares):
+                workspace._memory.view(np.float32)[...] = np.nan
+                schedule.run(index, Operands(first, second, share, None, steps, None), workspace)
+            with told(problem, schedule):
+                assert same_bits(sum(shares), want)
+
+
+@pytest.mark.usefixtures("_buffer")
+def test_memory_for_small_products_of_a_gradient(monkeypatch):
+    """Random problems with products of a few rows at most: all that are formed in one step fit."""
+    rng, steps_of_lines = np.random.default_rng(12), set()
+
+    def fit(rows, points, sums, each, memory):
+        (*stack, many, k), n = rows.shape, points.shape[-1]
+        steps_of_lines.add(stack[2] > 1)
+        assert math.prod(stack) * max(pieces for *_, pieces in products.alike(many, each)) * k * n <= memory.size
+
+    monkeypatch.setattr(winograd_gradient, "_add_small", fit)
+    for _ in range(100):
+        problem = dataclasses.replace(drawn_problem(rng, "conv3d_backprop_filter"), cin=2, cout=3)
+        found = winograd_gradient.candidates(problem)
+        if found:
+            schedule, most = found[rng.integers(len(found))], int(rng.integers(2, 12))
+            monkeypatch.setattr(winograd_gradient.WinogradGradient, "_most_rows", lambda *_, most=most: most)
+            with told(problem, schedule, most):
+                run(plan_of(problem, schedule, 1), *operands(rng, problem)[:2])
+    assert steps_of_lines == {False, True}
+    # Lines of a single tap follow each other.
+    axes = Axis(7, 7, 1, 1, 1, 0), Axis(7, 14, 2, 2, 1, 0), Axis(9, 9, 3, 1, 1, 1)
+    problem = Problem("conv3d_backprop_filter", 1, 2, 3, axes, np.dtype(np.float32), "NDHWC")
+    schedule = next(s for s in winograd_gradient.candidates(problem) if s.along == (3,))
+    for u, v, most in itertools.product(range(1, 5), range(1, 40), range(2, 12)):
+        monkeypatch.setattr(winograd_gradient.WinogradGradient, "_most_rows", lambda *_, most=most: most)
+        memory = np.empty(schedule._found_values((4, 1, u, v, 1, 1, 2)), np.float32)
+        for points, *_, k, n in schedule.sums_shapes:
+            rows, sums = np.empty((4, 1, 1, u * v, k)), np.empty((4, 1, 1, u * v, n))
+            fit(rows, sums, points, products.even_length(u * v, most), memory)
+
+
+@pytest.mark.usefixtures("_small")
+def test_bits_of_a_gradients_shares_do_not_depend_on_workers():
+    """Normal data."""
+    rng, looked_at = np.random.default_rng(10), 0
+    while looked_at < 6:
+        problem = drawn_problem(rng, "conv3d_backprop_filter")
+        found = [s for s in winograd_gradient.candidates(problem) if s.shares > 1]
+        if found:
+            looked_at += 1
+            schedule = found[rng.integers(len(found))]
+            first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
+            one, *others = (run(plan_of(problem, schedule, workers), first, second) for workers in (1, 2, 3))
+            with told(problem, schedule):
+                assert all(same_bits(one, other) for other in others)
+
+
+@pytest.mark.parametrize(("lo", "combined"), [(0, 1), (1, 4)])
+def test_rows_of_several_phases_are_combined_once(lo, combined):
+    """Where both phases of an axis take the same rows, or not: each of four with two filtered axes."""
+    axes = tuple(Axis(6, 14 - lo, 4, 2, 1, lo) for _ in range(3))
+    problem = Problem("conv3d_transpose", 1, 16, 16, axes, np.dtype(np.float32), "NDHWC")
+    for schedule in winograd.candidates(problem):
+        if len(schedule.along) == 2:
+            workspace = Workspace(schedule.workspace_bytes, problem.compute_dtype)
+            views = schedule._views(schedule.made(schedule.block(0)).layout, workspace)
+            assert sum(bool(stage.rows) for stage in views.stages) == combined
+
+
 @pytest.mark.parametrize("small", [0, SMALL])
 @pytest.mark.parametrize("operation", MODULES)
 def test_single_blocks_as_parts(operation, small, monkeypatch):
@@ -232,6 +326,26 @@ def test_a_filter_is_packed_in_parts(operation, small, monkeypatch):
                     together = np.where(np.isnan(alone), together, alone)
                 assert (times == 1).all()
                 assert same_bits(together, whole)
+
+
+@pytest.mark.parametrize("small", [0, SMALL])
+@pytest.mark.parametrize("operation", MODULES)
+def test_a_filter_is_packed_in_pieces(operation, small, monkeypatch):
+    """Of fewer bytes than a row of a single tap has, of a few of them, or in one piece."""
+    monkeypatch.setattr(products, "small_products", lambda: small)
+    rng = np.random.default_rng(11)
+    for cin, cout in ((16, 64), (64, 16), (33, 5)):
+        problem = Problem(operation, 1, cin, cout, tuple(AXES[:3]), np.dtype(np.float32), "NDHWC")
+        filter = integers(rng, problem.filter_shape, "float32")
+        for schedule in MODULES[operation].candidates(problem)[::11]:
+            found = []
+            for most in (4, 4096, 1 << 30):
+                monkeypatch.setattr(tiling, "_PACKED_TOGETHER", most)
+                found.append(np.full(schedule.packed_values, np.nan, np.float32))
+                schedule.pack(filter, found[-1])
+            assert np.isfinite(found[0]).all()
+            assert same_bits(found[0], found[1])
+            assert same_bits(found[0], found[2])
 
 
 @pytest.mark.skipif("OPENBLAS_CORETYPE" not in os.environ, reason="BLAS has chosen its kernels by itself already")

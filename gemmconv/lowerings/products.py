@@ -3,7 +3,8 @@
 GEMM copies both operands to panels before it multiplies, which pays for large ones. OpenBLAS has other kernels for
 small products of some processors: they read operands where they are, and are faster than the packed ones while a part
 of B stays in cache. Here a product is cut in as many as they take. NumPy forms those of a stack in one call, but does
-not add to what is there: where k is cut the parts are added afterwards.
+not add to what is there: where k is cut the parts are added afterwards. For other processors GEMM forms the same
+stacks in a call for each (`ByGemm`).
 """
 
 from __future__ import annotations

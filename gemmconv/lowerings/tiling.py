@@ -98,13 +98,13 @@ class Tiling(Usual, ABC):
             return LARGEST
         return self._rows * self.cuts[4].longest * max(shape[-2] for shape in self.packed_shapes)
 
-    def described(self, how: str) -> str:
-        """Return what was decided."""
+    def described(self, how: str, *, small: bool) -> str:
+        """Return what was decided: how it filters, and if by small products."""
         names = " and ".join(("depth", "height", "width")[i - 1] for i in self.along)
         rows, channels = self._rows * self._results, self.cuts[4]
-        text = f"small products of up to {rows} rows together" if self.columns else f"GEMMs of up to {self._rows} rows"
+        text = f"small products of up to {rows} rows together" if small else f"GEMMs of up to {self._rows} rows"
         cut = f", {channels.longest} of {channels.size} channels" if len(channels) > 1 else ""
-        return f"{how} along {names}, {text}{cut}, filter packed"
+        return f"{how} along {names}, {text}{cut}"
 
     @property
     def _rows(self) -> int:
@@ -117,14 +117,13 @@ class Tiling(Usual, ABC):
         """How many results a tile has, for each distance between rows."""
         return 1 << len(self.along)
 
-    def _products_s(self, taps: int, added: int, points: int, filters: int, rows: float, k: int) -> float:
+    def _products_s(self, taps: int, added: int, points: int, filters: int, rows: float, lines: float, k: int) -> float:
         """Return the time of the products of so many taps, some of which are added to sums: of all points, m by n by k.
 
-        `rows` are those of a point, and so many filters are read.
+        `rows` are those of a point, in so many lines with others between them, and so many filters are read.
         """
         n = self.cuts[4].size / len(self.cuts[4])
         if not self.columns:
-            lines = self.cuts[0].size / len(self.cuts[0]) if self.axes[1].kernel > 1 else 1
             return taps * points * lines * gemm_s(rows / lines, n, k)
         each = unpacked_s(points * rows, n, k) + read_s(filters * n * k, self.packed_values) + STEP_S
         return taps * each + added * (pass_s(points * rows * n, points * rows * n) + STEP_S)
@@ -180,16 +179,23 @@ class Tiling(Usual, ABC):
         return math.prod(self.problem.filter_shape) * self.problem.compute_dtype.itemsize
 
     @property
+    @abstractmethod
+    def _packed_apart(self) -> tuple[int, int]:
+        """Rows of the filter, and taps, that can be packed one by one."""
+
+    @property
     def _packing_bytes(self) -> int:
         """What a workspace holds of the filter as taps are combined: the largest of its pieces."""
-        return aligned(min(self._filter_bytes, _PACKED_TOGETHER))
+        least = self._filter_bytes // math.prod(self._packed_apart)
+        return aligned(min(self._filter_bytes, max(least, _PACKED_TOGETHER)))
 
-    def pieces(self, part: int, parts: int, rows: int, taps: int) -> Iterator[tuple[slice, slice]]:
+    def pieces(self, part: int, parts: int) -> Iterator[tuple[slice, slice]]:
         """Yield rows and taps of one of so many parts of the filter, in pieces that are packed in cache.
 
         Taps are cut before rows are, which lie together. Packing kernels of BLAS round otherwise at the end of a piece,
         which may not depend on the workers: there the first part is all.
         """
+        rows, taps = self._packed_apart
         share = Cut(rows, -(-rows // parts) if self.columns else rows)
         each = self._filter_bytes // (rows * taps)
         if part >= len(share):

@@ -1,4 +1,4 @@
-"""kn2row with minimal filtering along one or two axes: two neighbouring results for 3 or 4 products instead of 4 or 6.
+"""Minimal filtering along one or two axes: two neighbouring results for 3 or 4 products instead of 4 or 6.
 
 A block is a box of the output. Its rows of the value are copied to cells, those of even and odd places along a filtered
 axis apart, and combined to the rows of each point (minimal.py), for one phase of the filtered axes after the other.
@@ -160,6 +160,10 @@ class Winograd(Tiling):
         return [(a.filters, b.filters, *behind_points) for a, b in product(*self.lines)]
 
     @property
+    def _packed_apart(self) -> tuple[int, int]:
+        return self.problem.cin, self.axes[0].kernel
+
+    @property
     def workspace_bytes(self) -> int:
         item = self.problem.compute_dtype.itemsize
         shapes = self._shapes([cut.longest for cut in self.cuts], [_most(lines) for lines in self.lines])
@@ -188,7 +192,8 @@ class Winograd(Tiling):
     @property
     def reason(self) -> str:
         kinds = sorted({len(line.taps) for lines in self.lines for line in lines})
-        return self.described(" and ".join(f"F(2,{n})" for n in kinds if n > 1))
+        how = " and ".join(f"F(2,{n})" for n in kinds if n > 1)
+        return f"{self.described(how, small=self.columns > 0)}, filter packed"
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
@@ -204,19 +209,22 @@ class Winograd(Tiling):
         cells, along_a, rows, _, sums = map(math.prod, self._shapes(sizes, (1, 1)))
         landed = landing_share * sums
         r_a, r_b = (lines[0].results for lines in self.lines)
-        p_a, p_b = (sum(line.points for line in lines) for lines in self.lines)
+        lines = sizes[0] if _reach(self.phases[1]) else 1
         total, steps = copy_s(cells, problem.cin, steps=0, spilled=True, strided=strided), strands + 1
         l_b, run_b = (n * problem.cin for n in _lengths(self.lines[1], sizes[3])[::-1])
-        if r_a > 1:
-            total += p_a * pass_s(along_a, l_b)
-            steps += p_a
-        if r_b > 1:
-            total += p_a * p_b * pass_s(rows, run_b)
-            steps += len(self.lines[0]) * p_b
-        for n, of_slots in product((p * q for p, q in product(*taps)), self._pairs):
-            for i, (_, (first, second)) in enumerate(of_slots):
-                points, filters = first.points * second.points, first.filters * second.filters
-                total += self._products_s(n, n - (i == 0), points, filters, landed / sizes[4], problem.cin)
+        held: tuple[Line, ...] = ()
+        for of_slots, (p, q) in product(self._pairs, product(*taps)):
+            for i, pair in enumerate(of_slots):
+                first, second = pair.lines
+                points, filters, n = first.points * second.points, first.filters * second.filters, p * q
+                axis, held = _differ(held, pair.lines), pair.lines
+                if axis == 0 and r_a > 1:
+                    total += first.points * pass_s(along_a, l_b)
+                    steps += first.points
+                if axis < 2 and r_b > 1:
+                    total += points * pass_s(rows, run_b)
+                    steps += second.points
+                total += self._products_s(n, n - (i == 0), points, filters, landed / sizes[4], lines, problem.cin)
             results = r_a * r_b * sums
             total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided)
             total += combining_s(*of_slots[0].lines, sums) + pass_s(results / 2, results)
@@ -232,7 +240,7 @@ class Winograd(Tiling):
         cin = problem.cin
         taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), *self.tiles, cin)
         taps = taps.transpose(*self.order, 4, 5, 6)
-        for rows, of_u in self.pieces(part, parts, cin, self.axes[0].kernel):
+        for rows, of_u in self.pieces(part, parts):
             for lines, to in zip(product(*self.lines), arrays, strict=True):
                 along_a, along_b = (evenly(line.taps) for line in lines)
                 mine, of_points = taps[of_u, :, along_a, along_b, :, :, rows], to[:, :, of_u, :, :, np.newaxis, rows]
@@ -293,7 +301,7 @@ class Winograd(Tiling):
         gemm = None if self.columns else workspace.gemm
         places = layout.shapes[4][4:6]
         stages: list[Stage] = []
-        held: tuple[Line | None, Line | None] = None, None
+        held: tuple[Line, ...] = ()
         for (pairs, results), target in product(zip(self._pairs, layout.results, strict=True), layout.targets):
             shape = (*(line.points for line in pairs[0].lines), *target.sizes, *layout.shapes[4][4:])
             of_target = sums[: math.prod(shape)].reshape(shape)
@@ -301,7 +309,7 @@ class Winograd(Tiling):
                 first, second = pair.lines
                 rows_a, of_a = combined(cells, self.lines[0], first, 0, places[0], along_a)
                 rows, of_b = combined(rows_a, self.lines[1], second, 1, places[1], along_b)
-                needed = [] if held == pair.lines else of_b if held[0] == first else [*of_a, *of_b]
+                needed = [of_a + of_b, of_b, []][_differ(held, pair.lines)]
                 held, to, taps = pair.lines, of_target[: first.points, : second.points], []
                 formed = number == 0 and target.whole
                 for i, tap in enumerate(target.taps):
@@ -387,6 +395,17 @@ class Winograd(Tiling):
             for axis, phase, (start, stop) in zip(self.axes, (of_u, of_v), q, strict=False)
         )
         return Target(sizes, taps, whole), (fine_u, fine_v)
+
+
+def _differ(held: Sequence[Line], lines: Sequence[Line]) -> int:
+    """Return the first axis along which two lines take other combined rows than those that are held; 2 for none.
+
+    Lines of several phases may take the same.
+    """
+    for axis, (one, line) in enumerate(zip(held, lines, strict=False)):
+        if (one.first, one.points) != (line.first, line.points):
+            return axis
+    return len(held)
 
 
 def _slots(pair: Pair) -> tuple[int, int]:

@@ -167,6 +167,10 @@ class WinogradConv(Tiling):
         return [(f.a[0].filters, f.b[0].filters, *f.taps, tiles, f.size * cout, columns) for f in self.families]
 
     @property
+    def _packed_apart(self) -> tuple[int, int]:
+        return self.problem.cout, 1
+
+    @property
     def workspace_bytes(self) -> int:
         sizes = [cut.longest for cut in self.cuts]
         values = self._memory([self._shapes(family, sizes) for family in self.families], self.sums(sizes))
@@ -227,7 +231,7 @@ class WinogradConv(Tiling):
 
     @property
     def reason(self) -> str:
-        return self.described("minimal filtering")
+        return f"{self.described('minimal filtering', small=self.columns > 0)}, filter packed"
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
@@ -238,7 +242,8 @@ class WinogradConv(Tiling):
         total, steps = self.filled_s(sizes), 6
         for number, family in enumerate(self.families):
             points, taps, k = math.prod(family.points), math.prod(family.taps), family.size * problem.cout
-            total += self._products_s(taps, taps - (number == 0), points, points, sums / sizes[4], k)
+            lines = sizes[0] if family.taps[1] > 1 else 1
+            total += self._products_s(taps, taps - (number == 0), points, points, sums / sizes[4], lines, k)
         first = self.families[0]
         results = math.prod(lines[0].results for lines in first[2:])
         total += combining_s(first.a[0], first.b[0], sums)
@@ -267,7 +272,7 @@ class WinogradConv(Tiling):
         cout, (tiles, columns) = problem.cout, self.tiles
         taps = filter.reshape(1, *(axis.kernel for axis in canonical(problem.axes)), cout, tiles, columns)
         taps = taps.transpose(*self.order, 5, 4, 6)
-        for rows, _ in self.pieces(part, parts, cout, 1):
+        for rows, _ in self.pieces(part, parts):
             for family, to in zip(self.families, arrays, strict=True):
                 of_phases = ([evenly(line.taps) for line in lines] for lines in product(*family))
                 phases_of = [taps[u, v, a, b, :, rows] for u, v, a, b in of_phases]

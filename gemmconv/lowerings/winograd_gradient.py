@@ -78,9 +78,10 @@ class WinogradGradient(AsItLies):
 
     def _found_values(self, sums: Sequence[int]) -> int:
         """Return the values of the products of a tap that are formed in one step, of a block with sums of a shape."""
-        u, most = sums[2] if self.of.axes[1].kernel > 1 else 1, 0
+        most = 0
         for family, (*_, k, n) in zip(self.of.families, self.sums_shapes, strict=True):
             if rows := self._most_rows(k, n):
+                u = sums[2] if family.taps[1] > 1 else 1  # lines; those of a single tap follow each other
                 # `even_length` may make twice as many pieces, but one, as there must be.
                 pieces = 2 * -(-(math.prod(sums[2:6]) // u) // rows) - 1
                 most = max(most, math.prod(family.points) * u * pieces * k * n)
@@ -100,7 +101,8 @@ class WinogradGradient(AsItLies):
     @property
     def reason(self) -> str:
         shares = f", in {self.shares} shares of the rows" if self.shares > 1 else ""
-        return f"{self.of.described('minimal filtering').removesuffix(', filter packed')}{shares}"
+        small = any(self._most_rows(*shape[4:]) for shape in self.sums_shapes)
+        return f"{self.of.described('minimal filtering', small=small)}{shares}"
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
@@ -112,7 +114,7 @@ class WinogradGradient(AsItLies):
         total = of.filled_s(sizes) + pass_s(coarse, coarse) + 6 * STEP_S
         for family, (*_, k, n) in zip(of.families, self.sums_shapes, strict=True):
             points, taps = math.prod(family.points), math.prod(family.taps)
-            lines = sizes[0] if of.axes[1].kernel > 1 else 1
+            lines = sizes[0] if family.taps[1] > 1 else 1
             # Rows of all points are more than a cache holds.
             total += taps * points * rows * (k + n) * SPILLED_VALUE_S
             if most := self._most_rows(k, n):
