@@ -254,7 +254,7 @@ def measure_layer(
         _visit(*roof, launch, options)
     for seat, row in running:
         if row["status"] == "ok" and launch == options.launches - 1:
-            row |= seat.ask("finish", options.timeout_s)
+            row |= seat.ask("finish", options.timeout_s, warm_s=options.warm_s)
         if row["status"] == "ok":
             seat.losses = 0
 

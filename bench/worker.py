@@ -80,21 +80,18 @@ class Worker:
         run = self.call.run
         gc.collect()
         gc.disable()
-        end = time.perf_counter() + warm_s
-        run()
-        while time.perf_counter() < end:
-            run()
+        _warm_up(warm_s, run)
         seconds = [_timed(run) for _ in range(calls)]
         gc.enable()
         return {"seconds": seconds}
 
-    def finish(self) -> Answer:
+    def finish(self, warm_s: float) -> Answer:
         """After the last visit: is the result still right, what do fresh pages cost, where does the time go."""
         answer = self._check(self.call.run())
         if self.call.run_into is not None:
-            answer["first_touch"] = self._first_touch()
+            answer["first_touch"] = self._first_touch(warm_s)
         if self.facts["spec"]["kind"] == "gemmconv":
-            answer["phases"] = self._phases()
+            answer["phases"] = self._phases(warm_s)
         return answer
 
     def memory(self, layer: Answer, dtype: str, layout: str, end_to_end: bool, seed: int) -> Answer:
@@ -162,17 +159,17 @@ class Worker:
         found = check(self.call.result(result), expected, self.facts["largest"], job.layer, job.dtype, job.layout)
         return {"status": found.status, "error": found.error, "detail": found.detail}
 
-    def _first_touch(self) -> Answer:
+    def _first_touch(self, warm_s: float) -> Answer:
         """Calls into new arrays and into one that is there, in turn."""
         import numpy as np
 
         from bench.reference import dtype_named
 
         out = np.zeros(self.call.out_shape, dtype_named(self.job.dtype))
-        new, given = _alternate(self.call.run, lambda: self.call.run_into(out))
+        new, given = _alternate(warm_s, self.call.run, lambda: self.call.run_into(out))
         return {"new_seconds": new, "given_seconds": given}
 
-    def _phases(self) -> Answer:
+    def _phases(self, warm_s: float) -> Answer:
         """Calls without and with gemmconv's profiler, in turn, and what it says of those with it."""
         import gemmconv
 
@@ -190,16 +187,17 @@ class Worker:
                 phases.setdefault(name, []).append(seconds)
             return result
 
-        plain, under = _alternate(self.call.run, profiled)
-        medians = {name: statistics.median(seconds[1:]) for name, seconds in phases.items()}
-        whole = statistics.median(worker_seconds[1:])  # the first call was the warm-up
+        plain, under = _alternate(warm_s, self.call.run, profiled)
+        worker_seconds = worker_seconds[-len(under) :]  # the calls before were the warm-up
+        phases = {name: seconds[-len(under) :] for name, seconds in phases.items()}
+        medians = {name: statistics.median(seconds) for name, seconds in phases.items()}
         share = statistics.median(
             sum(parts) / total for *parts, total in zip(*phases.values(), worker_seconds, strict=True) if total
         )
         return {
             "status": "ok",
             "worker_seconds": medians,
-            "total_worker_seconds": whole,
+            "total_worker_seconds": statistics.median(worker_seconds),
             "accounted_share": share,
             "plain_seconds": plain,
             "profiled_seconds": under,
@@ -219,8 +217,19 @@ def _fastest(calls: Sequence[tuple[int, Any]], most: int) -> tuple[int, Any, flo
     return number, call, first_s, median_s
 
 
-def _alternate(*runs: Callable[[], Any]) -> list[list[float]]:
-    """Seconds of calls that are made in turn, after one of each that is not counted."""
+def _warm_up(seconds: float, *runs: Callable[[], Any]) -> None:
+    """Make calls in turn, one of each at least, until the seconds are over."""
+    end = time.perf_counter() + seconds
+    while True:
+        for run in runs:
+            run()
+        if time.perf_counter() >= end:
+            return
+
+
+def _alternate(warm_s: float, *runs: Callable[[], Any]) -> list[list[float]]:
+    """Seconds of calls that are made in turn, after some that are not counted."""
+    _warm_up(warm_s, *runs)
     slowest = max(_timed(run) for run in runs)
     rounds = max(3, min(15, round(EXTRA_SECONDS / len(runs) / slowest)))
     found: list[list[float]] = [[] for _ in runs]

@@ -209,7 +209,7 @@ class Winograd(Tiling):
         cells, along_a, rows, _, sums = map(math.prod, self._shapes(sizes, (1, 1)))
         landed = landing_share * sums
         r_a, r_b = (lines[0].results for lines in self.lines)
-        lines = sizes[0] if _reach(self.phases[1]) else 1
+        lines = sizes[0] if _cuts_lines(self.axes[1], self.phases[1]) else 1
         total, steps = copy_s(cells, problem.cin, steps=0, spilled=True, strided=strided), strands + 1
         l_b, run_b = (n * problem.cin for n in _lengths(self.lines[1], sizes[3])[::-1])
         held: tuple[Line, ...] = ()
@@ -432,6 +432,11 @@ def _reach(of_axis: tuple[Phase, ...]) -> int:
     """Return how many more rows than q all phases of an axis need."""
     shifts = [shift for phase in of_axis for _, shift in phase.taps]
     return max(shifts) - min(shifts)
+
+
+def _cuts_lines(axis: Axis, of_axis: Sequence[Phase]) -> bool:
+    """Whether some tap carries less than all rows along an axis, or not to all q."""
+    return any(shift or phase.count != axis.coarse for phase in of_axis for _, shift in phase.taps)
 
 
 def _rows_of(axis: Axis, of_axis: Sequence[Phase], q: Range) -> Range:
