@@ -18,7 +18,7 @@ import numpy as np
 
 from gemmconv import arrays, parts, profile, results, running
 from gemmconv.arrays import Array
-from gemmconv.lowerings import LOWERINGS, OF_GROUPS, CannotLowerError, Schedule
+from gemmconv.lowerings import GROUPS_ONLY, LOWERINGS, OF_GROUPS, CannotLowerError, Schedule
 from gemmconv.lowerings.base import order
 from gemmconv.lowerings.boxes import Bounds
 from gemmconv.lowerings.cost import total_s
@@ -561,7 +561,7 @@ def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) 
         return Plan(problem, machine, first if algorithm == "auto" else algorithm, algorithm, workers, None)
     found: dict[str, Schedule] = {}
     costs: dict[str, float | None] = {}
-    possible = [name for name in LOWERINGS[problem.operation] if problem.groups > 1 or name not in OF_GROUPS]
+    possible = [name for name in LOWERINGS[problem.operation] if problem.groups > 1 or name not in GROUPS_ONLY]
     for name in possible if algorithm == "auto" else (algorithm,):
         made: list[Schedule] = []
         refusals: list[CannotLowerError] = []

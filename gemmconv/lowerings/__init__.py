@@ -44,8 +44,8 @@ LOWERINGS: dict[str, dict[str, Callable[[Problem, Machine], Schedule]]] = {
         "mec": mec_gradient.schedule,
     },
 }
-# Those for groups, which they do by their own filters: without groups they are not weighed, nor told of.
-OF_GROUPS = {"mec", "depthwise"}
+# Those that do groups by their own filters, and those that do nothing else: without groups they are not told of.
+OF_GROUPS, GROUPS_ONLY = {"mec", "depthwise"}, {"depthwise"}
 # What can do every problem of an operation with any data.
 COMPLETE: dict[str, Callable[[Problem, Machine], Schedule]] = {
     "conv3d_transpose": col2im.schedule, "conv3d": exact.schedule, "conv3d_backprop_filter": exact.schedule,
@@ -53,6 +53,7 @@ COMPLETE: dict[str, Callable[[Problem, Machine], Schedule]] = {
 
 __all__ = [
     "COMPLETE",
+    "GROUPS_ONLY",
     "LOWERINGS",
     "OF_GROUPS",
     "CannotLowerError",

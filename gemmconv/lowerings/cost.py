@@ -5,6 +5,8 @@ Only ratios matter: all were measured on one AVX-512 core, float32, and other ma
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
@@ -39,15 +41,19 @@ _STREAMED_VALUE_S = 0.25e-9
 # A value of a filter that small products read once, and one of so many that they come from memory, unless those are
 # read ahead.
 _READ_VALUE_S, _FAR_VALUE_S, _FAR_VALUES = 0.1e-9, 0.45e-9, 1 << 21
-# A step in Python: one GEMM call, and one addition or copy with the slices it needs. More than it takes alone: threads
-# that take steps in turn wait for each other.
+# A step in Python: one GEMM call, and one addition or copy with the slices it needs. Of several blocks more than it
+# takes alone: threads that take steps in turn wait for each other.
 _STEP_S, _PASS_STEP_S = 5e-6, 3e-6
+# A thread whose step ends while another one is in Python sleeps 10 to 35 microseconds in a virtual machine: more often
+# where all steps are short.
+_SHORT_STEP_S = 7e-6
+_STEP_ALONE_S, _PASS_STEP_ALONE_S = 1.5e-6, 1e-6
 # A value added, and what each inner loop of NumPy costs beside its values: in cache, and through the ufunc buffer,
 # which joins short loops.
 _VALUE_S, _RUN_S = 0.085e-9, 26e-9
 _BUFFERED_VALUE_S, _BUFFERED_RUN_S = 0.35e-9, 5e-9
 # A value multiplied and added to a sum by einsum, and each of its inner loops.
-_WEIGHED_VALUE_S, _WEIGHED_RUN_S = 0.18e-9, 22e-9
+_WEIGHED_VALUE_S, _WEIGHED_RUN_S = 0.17e-9, 22e-9
 # A value copied, and each inner loop of copies.
 _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
@@ -57,8 +63,14 @@ _STRIDED_VALUE_S = 0.6e-9
 # where others in its cache line are not used, or the next position's are elsewhere.
 _TURNED_LINE_VALUE_S, _TURNED_RUN_S, _ALONE_VALUE_S, _LINE_VALUES = 0.35e-9, 2.8e-9, 0.1e-9, 32
 _APART_VALUE_S = 2e-9
+# What a value costs more that is stored apart from the next in a line of a result that leaves the cache.
+APART_LINE_VALUE_S = 0.6e-9
+# A value of an operand that is looked at for Inf and NaN, before the blocks and by one worker.
+_LOOKED_AT_VALUE_S = 0.15e-9
 # A value of a filter that is turned, before the blocks; large filters by all workers.
 TURNED_VALUE_S = 1.4e-9
+# A value of taps that are combined for minimal filtering, copied or turned first, and one of the points' filters.
+_COPIED_TAP_S, _TURNED_TAP_S, _COMBINED_TAP_S = 0.2e-9, 1.0e-9, 0.8e-9
 # What a run costs more that is read from memory, beyond any cache, and does not follow the one before.
 _FAR_RUN_S = 60e-9
 # A value added with neither side in inner loops that are beside each other, as columns stored with channels first.
@@ -68,7 +80,7 @@ SCATTERED_VALUE_S = 3e-9
 SHORT_RUN = 64
 SMALLEST_BUFFER = 16
 # A block in Python, beside its steps.
-_BLOCK_S = 30e-6
+_BLOCK_S, _BLOCK_ALONE_S = 30e-6, 10e-6
 # Blocks that cannot be divided evenly leave workers idle: how many workers machines have, and how often, as a guess.
 _WORKERS = ((1, 0.4), (2, 0.4), (4, 0.2))
 # What several workers take to begin and to end together.
@@ -86,6 +98,12 @@ class Costed(Protocol):
     def problem(self) -> Problem: ...
 
     @property
+    def wants_finite_filter(self) -> bool: ...
+
+    @property
+    def wants_finite_value(self) -> bool: ...
+
+    @property
     def count(self) -> int: ...
 
     @property
@@ -97,15 +115,33 @@ class Costed(Protocol):
 S = TypeVar("S", bound=Costed)
 
 
+class _Alone(threading.local):
+    """Whether the block that is weighed is the only one, so that no other thread takes steps."""
+
+    yes = False
+
+
+_alone = _Alone()
+
+
+def step_s(*, short: bool = False) -> float:
+    """Return what a step in Python takes beside its work; `short` says that it is one of many short ones."""
+    return _STEP_ALONE_S if _alone.yes else _SHORT_STEP_S if short else _STEP_S
+
+
+def _pass_step_s() -> float:
+    return _PASS_STEP_ALONE_S if _alone.yes else _PASS_STEP_S
+
+
 def gemm_s(m: float, n: float, k: float, *, spilled: bool = False, tap_major: bool = False) -> float:
     """Return the time of one GEMM call; `spilled` says that it adds to sums that are not in cache.
 
     With `tap_major` it forms columns [n, m].
     """
     if m == 1 and n * k > serial_products():  # as gemv
-        return _STEP_S + n * k * _STREAMED_VALUE_S
+        return step_s() + n * k * _STREAMED_VALUE_S
     added = m * n * SPILLED_VALUE_S * spilled + m * k * _PACKED_ROW_S * tap_major
-    return _STEP_S + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
+    return step_s() + added + 2 * (m + _HALF_M) * (n + _HALF_N) * (k + _HALF_K) / _GEMM_FLOPS_PER_S
 
 
 def unpacked_s(m: float, n: float, k: float, parts: int = 0, *, apart: int = 0, turned: bool = False) -> float:
@@ -119,7 +155,7 @@ def unpacked_s(m: float, n: float, k: float, parts: int = 0, *, apart: int = 0, 
     if apart:
         product_s *= _NOT_KEPT if n * k > _KEPT_VALUES else _LONG_LINES if apart > _TILE_VALUES else 1
         product_s *= 1 if apart * 4 % _PAGE else _PAGES_APART
-    return (2 + parts) * _STEP_S + parts * m * n * 3 * _VALUE_S + product_s
+    return (2 + parts) * step_s() + parts * m * n * 3 * _VALUE_S + product_s
 
 
 def lines_s(m: float, n: float, k: int, *, steps: int = 1, aligned: bool = False) -> float:
@@ -129,7 +165,7 @@ def lines_s(m: float, n: float, k: int, *, steps: int = 1, aligned: bool = False
     """
     products = (m + _LINES_HALF_MN) * (n + _LINES_HALF_MN) * (k + _LINES_HALF_K)
     products *= (1 if k * 4 % CONFLICT else _CONFLICTING) * (1 if aligned else _MISALIGNED)
-    return steps * _STEP_S + read_s(n * k) + 2 * products / _LINES_FLOPS_PER_S
+    return steps * step_s() + read_s(n * k) + 2 * products / _LINES_FLOPS_PER_S
 
 
 def read_s(values: float, whole: int = 0) -> float:
@@ -148,7 +184,7 @@ def few_channels_s(products: float, m: float, n: float, k: float, *, packed: boo
     With `packed` BLAS has no kernels that read the positions where they lie.
     """
     flops = 2 * (m + _SMALL_HALF_M) * max(n, _FEWEST_CHANNELS) * (k + _SMALL_HALF_K)
-    return _STEP_S + products * (flops / _SMALL_FLOPS_PER_S + m * k * _PACKED_POSITION_S * packed)
+    return step_s() + products * (flops / _SMALL_FLOPS_PER_S + m * k * _PACKED_POSITION_S * packed)
 
 
 def streamed_s(values: float, run: float) -> float:
@@ -159,30 +195,30 @@ def streamed_s(values: float, run: float) -> float:
 def few_s(m: float, n: float, k: float) -> float:
     """Return the time of a product with few rows, which are turned, and what is formed turned back."""
     turned = m * n * _STRIDED_VALUE_S
-    return 2 * _STEP_S + read_s(n * k) + turned + 2 * m * n * k / _SMALL_FLOPS_PER_S
+    return 2 * step_s() + read_s(n * k) + turned + 2 * m * n * k / _SMALL_FLOPS_PER_S
 
 
 def small_s(m: float, n: float, k: float, *, spilled: bool = False) -> float:
     """Return the time of small products that together are m by n by k, in one step, and of adding them to sums."""
     added = m * n * (2 * _VALUE_S + spilled * SPILLED_VALUE_S)
-    return 2 * _STEP_S + added + 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
+    return 2 * step_s() + added + 2 * m * n * (k + _SMALL_HALF_K) / _SMALL_FLOPS_PER_S
 
 
 def pass_s(values: float, run: float, *, spilled: bool = False) -> float:
     """Return the time to add values in inner loops of `run` values."""
     value_s, run_s = (_BUFFERED_VALUE_S, _BUFFERED_RUN_S) if run < SHORT_RUN else (_VALUE_S, _RUN_S)
-    return _PASS_STEP_S + values * (value_s + run_s / max(1, run) + spilled * SPILLED_VALUE_S)
+    return _pass_step_s() + values * (value_s + run_s / max(1, run) + spilled * SPILLED_VALUE_S)
 
 
 def weighed_s(values: float, run: float, *, steps: int = 1) -> float:
     """Return the time to multiply values by weights and add them up, in inner loops of `run` values."""
-    return steps * _PASS_STEP_S + values * (_WEIGHED_VALUE_S + _WEIGHED_RUN_S / max(1, run))
+    return steps * _pass_step_s() + values * (_WEIGHED_VALUE_S + _WEIGHED_RUN_S / max(1, run))
 
 
 def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, strided: bool = False) -> float:
     """Return the time to copy values in `steps` copies with inner loops of `run` values."""
     each = _STRIDED_VALUE_S if strided else _COPIED_VALUE_S + _COPIED_RUN_S / max(1, run)
-    return steps * _PASS_STEP_S + values * (each + spilled * SPILLED_VALUE_S)
+    return steps * _pass_step_s() + values * (each + spilled * SPILLED_VALUE_S)
 
 
 def turned_s(values: float, run: float, beside: float, *, apart: bool = False) -> float:
@@ -192,12 +228,23 @@ def turned_s(values: float, run: float, beside: float, *, apart: bool = False) -
     """
     alone = _ALONE_VALUE_S * _LINE_VALUES / beside if beside < _LINE_VALUES else 0.0
     alone += _APART_VALUE_S * apart
-    return _PASS_STEP_S + values * (_TURNED_LINE_VALUE_S + _TURNED_RUN_S / max(1, run) + alone)
+    return _pass_step_s() + values * (_TURNED_LINE_VALUE_S + _TURNED_RUN_S / max(1, run) + alone)
 
 
 def packing_s(problem: Problem, time_s: float) -> float:
     """Return what packing the filter counts in a call's time."""
     return 0.0 if problem.prepared else time_s
+
+
+def cleared_s(problem: Problem) -> float:
+    """Return the time to set a group's result to what is at positions that no tap reaches, before others are stored."""
+    return math.prod(problem.fine_shape) // problem.groups * (_COPIED_VALUE_S + 2 * SPILLED_VALUE_S)
+
+
+def combined_taps_s(problem: Problem, combined: int, *, turned: bool) -> float:
+    """Return what combining a filter's taps to so many values of points' filters counts in a call's time."""
+    values = math.prod(problem.filter_shape) // problem.groups
+    return packing_s(problem, values * (_TURNED_TAP_S if turned else _COPIED_TAP_S) + combined * _COMBINED_TAP_S)
 
 
 def best(schedules: Sequence[S], machine: Machine) -> S:
@@ -229,8 +276,20 @@ def most_workspace_bytes(machine: Machine) -> int:
 def total_s(schedule: Costed, machine: Machine) -> float:
     """Return the time on one core for all groups, with what workers lose as they begin and at the last blocks."""
     blocks = schedule.count * schedule.problem.groups
-    one_s = (schedule.time_s(machine) * schedule.problem.groups + blocks * _BLOCK_S) / blocks
+    _alone.yes = blocks == 1
+    block_s = _BLOCK_ALONE_S if _alone.yes else _BLOCK_S
+    one_s = (schedule.time_s(machine) * schedule.problem.groups + blocks * block_s) / blocks
+    _alone.yes = False
+    before_s = _looked_at(schedule) * _LOOKED_AT_VALUE_S
     return sum(
-        share * workers * (-(-blocks // workers) * one_s + (_TOGETHER_S if min(blocks, workers) > 1 else 0))
+        share * workers * (before_s + -(-blocks // workers) * one_s + (_TOGETHER_S if min(blocks, workers) > 1 else 0))
         for workers, share in _WORKERS
     )
+
+
+def _looked_at(schedule: Costed) -> int:
+    """Return how many values of the operands a call looks at first."""
+    wanted = schedule.wants_finite_value, schedule.wants_finite_filter and not schedule.problem.prepared
+    if not any(wanted):
+        return 0
+    return sum(wants and math.prod(shape) for wants, shape in zip(wanted, schedule.problem.operand_shapes, strict=True))

@@ -29,8 +29,10 @@ from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Wo
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, evenly, located
 from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import (
+    APART_LINE_VALUE_S,
     SMALLEST_BUFFER,
     best_that_fits,
+    cleared_s,
     copy_s,
     few_channels_s,
     pass_s,
@@ -273,7 +275,8 @@ class Mec(Usual):
         stored = lines * sizes.behind * last.count * given
         run = given if given > 1 else self.own_groups
         store_s = self.lines_s(stored, run, last.count, given, apart=apart)
-        return self.count * (total + slots * store_s)
+        cleared = cleared_s(self.problem) if self.gaps else 0
+        return self.count * (total + slots * store_s) + cleared
 
     def filled_s(self, sizes: Sizes, machine: Machine) -> float:
         """Return the time to fill a block's grid and columns."""
@@ -291,7 +294,12 @@ class Mec(Usual):
         """Return the time to copy lines to the grid or from the sums; `apart` says that they are of every other."""
         if self.problem.layout == "NDHWC":
             return turned_s(values, run, self.own_groups * channels, apart=apart)
-        return copy_s(values, line, spilled=True, strided=apart)
+        return copy_s(values, line, spilled=True, strided=apart) + values * APART_LINE_VALUE_S * apart
+
+    @cached_property
+    def gaps(self) -> bool:
+        """Whether there are positions of the result that no tap reaches."""
+        return any(unreached(along.axis, along.of_axis) for along in self.along if not along.gathers)
 
     @property
     def reason(self) -> str:
@@ -308,7 +316,7 @@ class Mec(Usual):
         self.fill(block, operands.value, batch, spans)
         output = self.seen(operands.output, of_result=True)[batch]
         start = operands.start((0, self.own_groups * self.channels[1]))
-        if any(unreached(along.axis, along.of_axis) for along in self.along if not along.gathers):
+        if self.gaps:
             output[*(slice(*along.span(q)) for along, q in zip(self.along, spans, strict=True))] = start
         output = output.reshape(*output.shape[:3], self.own_groups, self.channels[1])
         if isinstance(start, np.ndarray):

@@ -29,7 +29,7 @@ from gemmconv.lowerings.base import (
 )
 from gemmconv.lowerings.boxes import Cut, Index, Range, located
 from gemmconv.lowerings.copies import as_items, copy_turned, item_size, need_finite, store
-from gemmconv.lowerings.cost import gemm_s, pass_s, read_s, total_s, unpacked_s
+from gemmconv.lowerings.cost import gemm_s, pass_s, read_s, step_s, total_s, unpacked_s
 from gemmconv.lowerings.minimal import RESULTS, Line, sums_matrix, taps_matrix
 from gemmconv.lowerings.products import LARGEST, ByGemm, Tiled, multiply_few, tile_columns, unpacked
 from gemmconv.machine import Machine
@@ -41,9 +41,6 @@ _POSITIONS = (256, 512, 1024, 2048, 4096)
 _PARTS = (1, 2, 4, 8)
 _PIECES = (1, 2)
 _WIDE = 64
-# What a step costs beside its work: Python, and with several workers the time to be woken when another one was in
-# Python as it ended, 10 to 35 microseconds in a virtual machine. Steps are short here, so that this happens often.
-STEP_S = 7e-6
 # The most workspace of a worker, in L2 caches: few large steps are faster than all in cache. The most bytes of a packed
 # filter: with many channels and few rows combining taps costs more than products.
 _MOST_WORKSPACE = 12
@@ -125,8 +122,8 @@ class Tiling(Usual, ABC):
         n = self.cuts[4].size / len(self.cuts[4])
         if not self.columns:
             return taps * points * lines * gemm_s(rows / lines, n, k)
-        each = unpacked_s(points * rows, n, k) + read_s(filters * n * k, self.packed_values) + STEP_S
-        return taps * each + added * (pass_s(points * rows * n, points * rows * n) + STEP_S)
+        each = unpacked_s(points * rows, n, k) + read_s(filters * n * k, self.packed_values) + step_s(short=True)
+        return taps * each + added * (pass_s(points * rows * n, points * rows * n) + step_s(short=True))
 
     @property
     def count(self) -> int:

@@ -23,11 +23,10 @@ import numpy as np
 
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, Range, digit, evenly
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, TURNED_VALUE_S, copy_s, packing_s, pass_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, cleared_s, combined_taps_s, copy_s, pass_s, step_s
 from gemmconv.lowerings.minimal import Line, combine_rows, lines_of
 from gemmconv.lowerings.phases import Phase, landing, phases, slots, unreached
 from gemmconv.lowerings.tiling import (
-    STEP_S,
     Block,
     Combining,
     Output,
@@ -229,10 +228,9 @@ class Winograd(Tiling):
             total += copy_s(results, sizes[4], steps=0, spilled=True, strided=strided)
             total += combining_s(*of_slots[0].lines, sums) + pass_s(results / 2, results)
             steps += strands + 4
-        total += steps * STEP_S
-        filter = math.prod(problem.kernel) * problem.cout * problem.cin
-        packing = filter * TURNED_VALUE_S + copy_s(4 * self.packed_values, problem.cin, spilled=True)
-        return self.count * total + packing_s(problem, packing)
+        total += steps * step_s(short=True)
+        cleared = cleared_s(problem) if self.gaps else 0
+        return self.count * total + cleared + combined_taps_s(problem, self.packed_values, turned=True)
 
     def pack_part(self, filter: Array, packed: Array, part: int, parts: int, workspace: Workspace) -> None:
         """Turn taps to tiles, and combine them along both axes; a part is some of the input channels."""

@@ -20,11 +20,10 @@ from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit, evenly
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, copy_s, packing_s, pass_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, combined_taps_s, copy_s, pass_s, step_s
 from gemmconv.lowerings.minimal import Line, combine_rows, lines_of
 from gemmconv.lowerings.phases import one_phase, phases
 from gemmconv.lowerings.tiling import (
-    STEP_S,
     Block,
     Combining,
     Output,
@@ -249,8 +248,8 @@ class WinogradConv(Tiling):
         total += combining_s(first.a[0], first.b[0], sums)
         total += copy_s(results * sums, sizes[4], steps=0, spilled=True, strided=strided)
         steps += math.prod(self.units) + 4
-        packing = packing_s(problem, copy_s(4 * self.packed_values, problem.cin, spilled=True))
-        return self.count * (total + steps * STEP_S) + packing
+        taps_s = combined_taps_s(problem, self.packed_values, turned=False)
+        return self.count * (total + steps * step_s(short=True)) + taps_s
 
     def filled_s(self, sizes: Sequence[float]) -> float:
         """Return the time to fill and combine the rows of a block of such sizes."""
@@ -259,7 +258,7 @@ class WinogradConv(Tiling):
         total = copy_s(box, box, steps=0, spilled=True, strided=self.problem.layout == "NCDHW")
         for family in self.families:
             cells, along_a, rows = self._shapes(family, sizes)
-            total += (sum(family.points) + 1) * STEP_S
+            total += (sum(family.points) + 1) * step_s(short=True)
             total += copy_s(math.prod(cells), cout, steps=0, spilled=True) + math.prod(cells) / cout * _CELL_S
             for shape, run in ((along_a, math.prod(along_a[5:])), (rows, math.prod(rows[5:]))):
                 if len(shape) > 1:

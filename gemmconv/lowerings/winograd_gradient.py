@@ -21,10 +21,10 @@ from gemmconv.lowerings import winograd_conv
 from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, address, aligned, canonical, five, must_widen
 from gemmconv.lowerings.boxes import Bounds, digit, evenly
 from gemmconv.lowerings.copies import need_finite, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, copy_s, gemm_s, pass_s, unpacked_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, copy_s, gemm_s, pass_s, step_s, unpacked_s
 from gemmconv.lowerings.minimal import gradient_matrix, points_matrix
 from gemmconv.lowerings.products import alike, even_length, multiply_few, unpacked
-from gemmconv.lowerings.tiling import STEP_S, fastest, is_whole
+from gemmconv.lowerings.tiling import fastest, is_whole
 from gemmconv.lowerings.winograd_conv import Program, WinogradConv
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
@@ -111,14 +111,14 @@ class WinogradGradient(AsItLies):
         sums = of.sums(sizes)
         coarse = math.prod(sums)
         rows = math.prod(sums[2:6])
-        total = of.filled_s(sizes) + pass_s(coarse, coarse) + 6 * STEP_S
+        total = of.filled_s(sizes) + pass_s(coarse, coarse) + 6 * step_s(short=True)
         for family, (*_, k, n) in zip(of.families, self.sums_shapes, strict=True):
             points, taps = math.prod(family.points), math.prod(family.taps)
             lines = sizes[0] if family.taps[1] > 1 else 1
             # Rows of all points are more than a cache holds.
             total += taps * points * rows * (k + n) * SPILLED_VALUE_S
             if most := self._most_rows(k, n):
-                total += taps * (unpacked_s(points * k, n, rows) + 2 * STEP_S)
+                total += taps * (unpacked_s(points * k, n, rows) + 2 * step_s(short=True))
                 total += taps * max(lines, rows / most) * pass_s(points * k * n, points * k * n)
             else:
                 total += taps * points * lines * gemm_s(k, n, rows / lines)
