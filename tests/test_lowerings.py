@@ -191,7 +191,12 @@ def test_no_tap_lands(layout):
 def test_large_problems(name, layout):
     """Many blocks of usual size: function, plan and prepared layer, on one and two workers."""
     for i, (n, k, s, cin, cout) in enumerate(
-        [((9, 10, 11), 3, 1, 40, 70), ((5, 12, 9), 4, 2, 65, 3), ((3, 40, 39), 2, 1, 1, 130), ((7, 6, 5), 5, 2, 33, 24)]
+        [
+            ((9, 10, 11), 3, 1, 40, 70),
+            ((10, 20, 17), 4, 2, 65, 3),
+            ((3, 40, 39), 2, 1, 1, 130),
+            ((12, 11, 9), 5, 2, 33, 24),
+        ]
     ):
         geometry = n, (k, k, k), (s, s, s), (1, 1, 1), ("SAME", "VALID")[i % 2]
         value, filter, extra = operands(geometry, "float32", layout, [501, i], cin, cout)

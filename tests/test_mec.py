@@ -302,7 +302,7 @@ def test_rounding(operation):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiny_groups_are_done_by_it(layout):
-    """Where BLAS has products that it does not pack; without groups it is not weighed."""
+    """Where BLAS has products that it does not pack; without groups it is weighed, but depthwise is not."""
     three = Axis(8, 8, 3, 1, 1, 1), Axis(28, 28, 3, 1, 1, 1), Axis(28, 28, 3, 1, 1, 1)
     problem = Problem("conv3d_transpose", 1, 4, 4, three, np.dtype(np.float32), layout, 32)
     plan = make_plan.__wrapped__(problem, Machine(2, 1 << 20, 1 << 25), "auto", 2)
@@ -312,4 +312,5 @@ def test_tiny_groups_are_done_by_it(layout):
         assert plan.algorithm == "mec"
         assert make_plan.__wrapped__(gradient, MACHINE, "auto", 2).algorithm == "mec"
     single = Problem("conv3d_transpose", 1, 4, 4, (ONE, *three[1:]), np.dtype(np.float32), layout)
-    assert "mec" not in dict(make_plan.__wrapped__(single, MACHINE, "auto", 2).estimates)
+    estimates = dict(make_plan.__wrapped__(single, MACHINE, "auto", 2).estimates)
+    assert set(estimates) == {"col2im", "kn2row", "winograd", "mec"}

@@ -1,5 +1,6 @@
 """Results box by box: from and to maps, files and Zarr arrays, in bounded memory, interrupted and gone on with."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -59,8 +60,8 @@ class Chunked:
 @pytest.mark.parametrize("layout", ["NDHWC", "NCDHW"])
 @pytest.mark.parametrize("operation", ["conv3d_transpose", "conv3d", "conv3d_backprop_filter"])
 def test_boxes_on_the_cuts_have_the_bits_of_the_whole(operation, layout):
-    asked = problem(operation, layout)
-    plan = make_plan(asked, SMALL, "auto", 2)
+    asked = dataclasses.replace(problem(operation, layout), batch=8)
+    plan = make_plan(asked, Machine(2, 1 << 14, 1 << 20), "auto", 2)
     a, b = operands_of(asked)
     out = np.full(plan.output_shape, np.nan, np.float32)
     for step in (1, 2, 1000):
