@@ -41,13 +41,11 @@ _STREAMED_VALUE_S = 0.25e-9
 # A value of a filter that small products read once, and one of so many that they come from memory, unless those are
 # read ahead.
 _READ_VALUE_S, _FAR_VALUE_S, _FAR_VALUES = 0.1e-9, 0.45e-9, 1 << 21
-# A step in Python: one GEMM call, and one addition or copy with the slices it needs. Of several blocks more than it
-# takes alone: threads that take steps in turn wait for each other.
-_STEP_S, _PASS_STEP_S = 5e-6, 3e-6
-# A thread whose step ends while another one is in Python sleeps 10 to 35 microseconds in a virtual machine: more often
-# where all steps are short.
-_SHORT_STEP_S = 7e-6
+# A step in Python: one GEMM call, and one addition or copy with the slices it needs. Of several blocks more than of a
+# single one: a thread whose step ends while another one is in Python sleeps 10 to 35 microseconds in a virtual machine,
+# more often where all steps are short.
 _STEP_ALONE_S, _PASS_STEP_ALONE_S = 1.5e-6, 1e-6
+_STEP_S, _PASS_STEP_S, _SHORT_STEP_S = 5e-6, 3e-6, 7e-6
 # A value added, and what each inner loop of NumPy costs beside its values: in cache, and through the ufunc buffer,
 # which joins short loops.
 _VALUE_S, _RUN_S = 0.085e-9, 26e-9
