@@ -218,7 +218,7 @@ def test_random_problems(operation, dtype, monkeypatch):
     dtype = dtype_named(dtype)
     rng = np.random.default_rng([602, OPERATIONS.index(operation), DTYPES.index(dtype.name)])
     count, many = dict.fromkeys(ALGORITHMS[operation], 0), dict.fromkeys(ALGORITHMS[operation], 0)
-    for i in range(150 if dtype == np.float32 else 100):
+    for i in range(150 if dtype == np.float32 else 120):
         problem, rank = random_problem(rng, operation, dtype)
         first, second, bias = operands(rng, problem)
         want = rounded(relation.result(problem, first, second, bias), dtype)
@@ -258,7 +258,7 @@ def test_random_problems(operation, dtype, monkeypatch):
             assert same_bits(np.ascontiguousarray(out).astype(native), low[2].astype(native))
             assert before == (first.tobytes(), second.tobytes(), None if bias is None else bias.tobytes())
     assert min(count.values()) > 20, count
-    assert min(many.values()) > 0, many
+    assert min(many.values()) > 1, many
 
 
 FAR = [
@@ -621,7 +621,8 @@ def test_workers_do_not_change_bits(operation, case, layout, monkeypatch):
     """
     monkeypatch.setattr(im2col, "_LARGE_FILTER", 0)  # shares of the taps where rows are few
     groups, cin, cout, axes = LARGE[case]
-    problem = Problem(operation, 2, cin, cout, axes, np.dtype(np.float32), layout, groups)
+    batch = 10 if groups == 1 else 6 if groups < 10 else 2  # so that there are several blocks; many groups are some
+    problem = Problem(operation, batch, cin, cout, axes, np.dtype(np.float32), layout, groups)
     rng = np.random.default_rng(612)
     first, second, *_ = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem))
     bias = None if operation == OPERATIONS[2] else rng.standard_normal(channels_of_result(problem), np.float32)
@@ -632,14 +633,15 @@ def test_workers_do_not_change_bits(operation, case, layout, monkeypatch):
         + {
             "conv3d_transpose": cin * math.prod(math.ceil(a.kernel / a.stride) for a in axes),
             "conv3d": cout * math.prod(a.kernel for a in axes),
-            "conv3d_backprop_filter": 2 * math.prod(a.coarse for a in axes),
+            "conv3d_backprop_filter": batch * math.prod(a.coarse for a in axes),
         }[operation]
     )
-    made = plans(problem, 1)
-    assert max(plan.blocks for plan in made.values()) > 1
-    for name, plan in made.items():
+    for name, plan in plans(problem, 1).items():
         with told(name, problem):
             y = run(plan, first, second, bias)
+            # All positions of a group are one block of mec's gradients, and few positions of minimal filtering's.
+            one_block = {"mec", "winograd"} if operation == OPERATIONS[2] and groups == 1 else ()
+            assert plan.blocks > 1 or plan.algorithm in one_block
             for workers in (1, 2, 3):
                 extra = {"bias": bias, "algorithm": name, "workers": workers}
                 assert same_bits(calls.compute("asked", problem, first, second, **extra), y)
