@@ -56,7 +56,7 @@ def pinned_cpus(workers: int) -> list[int] | None:
 class Process:
     """One worker process in a session of its own, so that whatever it starts is stopped and ended with it."""
 
-    def __init__(self, workers: int, keep_env: bool = False) -> None:
+    def __init__(self, workers: int, keep_env: bool = False, python: str = sys.executable) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         down, self._requests = os.pipe()
         self._answers, up = os.pipe()
@@ -69,7 +69,7 @@ class Process:
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", str(down), str(up)],
+            [python, "-m", "bench.worker", str(down), str(up)],
             cwd=None,
             env=environment(workers, keep_env) | {"PYTHONPATH": _python_path()},
             pass_fds=(down, up),
@@ -148,7 +148,7 @@ class Member(Process):
     """A contender's process, with what it said when it started."""
 
     def __init__(self, spec: Spec, workers: int, keep_env: bool = False) -> None:
-        super().__init__(workers, keep_env)
+        super().__init__(workers, keep_env, spec.python)
         start = time.perf_counter()
         self.hello = self.ask("start", START_SECONDS, spec=dataclasses.asdict(spec), workers=workers)
         self.start_seconds = time.perf_counter() - start

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +283,52 @@ def test_contenders_have_operations_or_say_not():
     assert contenders.parse("gemmconv:prepared").name == "gemmconv:prepared"
     with pytest.raises(ValueError, match="gemmconv has no conv3d_transpose algorithm 'im2col', it has auto, col2im, "):
         contenders.parse("gemmconv:im2col")
+
+
+def asked(spec):
+    """What a contender's process says when it starts, and of a tiny layer."""
+    with process.Member(spec, 1) as member:
+        layer = dataclasses.asdict(layers.suite("tiny")[0])
+        said = member.ask("prepare", 60, layer=layer, dtype="float32", layout="NDHWC", end_to_end=False, seed=0,
+                          reference=None, largest=1.0)  # fmt: skip
+        return member.hello, said
+
+
+def test_gemmconv_of_another_checkout(tmp_path):
+    """Its code is measured, by this bench; names do not tell where it lies."""
+    other = tmp_path / "before"
+    shutil.copytree(ROOT / "gemmconv", other / "gemmconv")
+    (other / "bench").mkdir()
+    (other / "bench/__init__.py").write_text("raise ImportError('not this one')")
+    init = other / "gemmconv/__init__.py"
+    init.write_text(f"{init.read_text()}\n__version__ = '0.0.before'\n")
+    specs = contenders.parse_all([f"gemmconv@{other}", f"gemmconv@{other}:kn2row"])
+    assert [(spec.name, spec.what, spec.text) for spec in specs] == [
+        ("gemmconv@before", "auto", "gemmconv@before"),
+        ("gemmconv@before:kn2row", "kn2row", "gemmconv@before:kn2row"),
+    ]
+    for spec in specs:
+        hello, said = asked(spec)
+        assert (hello["status"], hello["versions"]["gemmconv"]) == ("ok", "0.0.before")
+        assert said["status"] == "ok"
+    assert said["note"] == "kn2row"
+    assert asked(contenders.parse("gemmconv"))[0]["versions"]["gemmconv"] == gemmconv.__version__
+    with pytest.raises(ValueError, match="is neither a checkout of gemmconv nor a virtual environment"):
+        contenders.parse(f"gemmconv@{tmp_path}")
+
+
+def test_gemmconv_by_another_interpreter(tmp_path, monkeypatch):
+    """A virtual environment's runs this checkout's code with its own libraries."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(np.__file__).parents[1]))
+    venv.create(tmp_path / "other", symlinks=True)
+    (site,) = (tmp_path / "other/lib").glob("python*/site-packages")
+    (site / "mark.pth").write_text("import sys; sys.version = 'another'")
+    spec = contenders.parse(f"gemmconv@{tmp_path / 'other'}")
+    assert (spec.name, spec.python) == ("gemmconv@other", str(tmp_path / "other/bin/python"))
+    hello, said = asked(spec)
+    assert (hello["status"], said["status"]) == ("ok", "ok")
+    assert hello["versions"]["python"] == "another"
+    assert contenders.parse("gemmconv").python == sys.executable
 
 
 def test_environment_of_contenders():

@@ -6,6 +6,7 @@ Only the process that measures a contender imports it.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,21 +28,29 @@ NEEDS = {
 LACKS = {"onnxruntime": (FILTER_GRADIENT,), "openvino": (FILTER_GRADIENT,), "library": (CONV, FILTER_GRADIENT)}
 LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
 FORMS = (
-    "gemmconv, gemmconv:ALGORITHM, gemmconv:prepared, numpy, "
-    + ", ".join(PEERS)
-    + ", module:function, file.py:function, lib.so:symbol"
+    "gemmconv, gemmconv:ALGORITHM, gemmconv:prepared, gemmconv@DIRECTORY (another checkout, or a virtual environment), "
+    "the same with :ALGORITHM, numpy, " + ", ".join(PEERS) + ", module:function, file.py:function, lib.so:symbol"
 )
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A contender as it was asked for; `kind` chooses the code, `name` is what tables show."""
+    """A contender as it was asked for; `kind` chooses the code, `name` is what tables show.
+
+    `where` is its file or module; of gemmconv the directory of another checkout or of a virtual environment, or empty.
+    """
 
     text: str
     kind: str
     where: str
     what: str
     name: str
+
+    @property
+    def python(self) -> str:
+        """The interpreter of its process."""
+        own = interpreter(Path(self.where)) if self.kind == "gemmconv" and self.where else None
+        return sys.executable if own is None else str(own)
 
     def missing(self, op: str) -> str:
         """Why it cannot be measured on an operation: packages that are not installed, or it has none; else empty."""
@@ -58,6 +67,8 @@ def parse(text: str, op: str = TRANSPOSE) -> Spec:
     where, _, what = text.rpartition(":")
     if text in ("gemmconv", "gemmconv:auto"):
         return Spec(text, "gemmconv", "", "auto", "gemmconv")
+    if text.startswith("gemmconv@"):
+        return _elsewhere(text)
     if where == "gemmconv":
         from gemmconv.lowerings import LOWERINGS
 
@@ -84,6 +95,22 @@ def parse(text: str, op: str = TRANSPOSE) -> Spec:
     return Spec(text, "module", where, what, text)
 
 
+def _elsewhere(text: str) -> Spec:
+    """Read gemmconv@DIRECTORY, or that and an algorithm, which only the gemmconv that is there knows."""
+    place, _, what = text.removeprefix("gemmconv@").partition(":")
+    path = Path(place).resolve()
+    if not (path / "gemmconv" / "__init__.py").is_file() and interpreter(path) is None:
+        raise ValueError(f"{text}: {place} is neither a checkout of gemmconv nor a virtual environment")
+    name = ":".join(filter(None, [f"gemmconv@{path.name}", what]))  # which says nothing of this machine
+    return Spec(name, "gemmconv", str(path), what or "auto", name)
+
+
+def interpreter(path: Path) -> Path | None:
+    """The Python of a virtual environment; None if a directory is none."""
+    found = path / "bin" / "python"
+    return found if found.is_file() else None
+
+
 def parse_all(texts: list[str], op: str = TRANSPOSE) -> list[Spec]:
     """Read contenders; one that comes again gets a name of its own, which is how A is measured against A."""
     found: list[Spec] = []
@@ -99,6 +126,8 @@ def parse_all(texts: list[str], op: str = TRANSPOSE) -> list[Spec]:
 
 def load(spec: Spec, workers: int) -> Contender:
     """Import a contender into this process."""
+    if spec.kind == "gemmconv" and spec.where and interpreter(Path(spec.where)) is None:
+        sys.path.insert(0, spec.where)
     if spec.kind in ("gemmconv", "numpy"):
         from bench.contenders import own
 

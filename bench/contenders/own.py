@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,10 @@ class Gemmconv:
         import gemmconv
 
         self.algorithm = algorithm
-        self.versions = {"gemmconv": gemmconv.__version__}
+        self.versions = {name: version(name) for name in ("numpy", "scipy")} | {
+            "gemmconv": gemmconv.__version__,
+            "python": sys.version,
+        }
 
     def calls(self, job: Job) -> list[Call]:
         """One way: the lowering is the plan's choice, or the one that was named."""
