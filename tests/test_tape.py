@@ -412,6 +412,47 @@ def test_arrays_get_as_few_axes_as_possible(function, shapes, want):
         assert np.array_equal(a.reshape(-1), b.reshape(-1))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "strides", "want"),
+    [
+        ("f4", (1 << 13,), (4,), (1, 1 << 13)),
+        ("f4", (1 << 20,), (4,), (16, 1 << 16)),
+        ("f4", (3, 7, 1 << 14), (7 << 16, 1 << 16, 4), (6, 57_344)),
+        ("f8", (2, 9, 5000), (500_000, 40_000, 8), (2, 2, 22_500)),
+        ("c8", (2, 40_000), (400_000, 8), (2, 2, 20_000)),
+        # Too short, not beside each other, and in no equal rows.
+        ("f4", ((1 << 13) - 1,), (4,), None),
+        ("f4", (1 << 14,), (8,), None),
+        ("f4", (1 << 14,), (-4,), None),
+        ("f4", (65_537,), (4,), None),
+    ],
+)
+def test_long_runs_of_zeros_are_copied(dtype, shape, strides, want):
+    """By rows that are equal, of memory that stays in cache; what lies between and behind them is left alone."""
+    dtype, behind = np.dtype(dtype), 1 << 16
+    at = behind + max(0, -strides[0] * (shape[0] - 1))
+    place = steps.Place(0, at, shape, dtype, strides)
+    found = steps._coalesced(steps.Step(np.copyto, [place, 0, "unsafe"]))
+    if want is None:
+        assert found.arguments[1:] == [0, "unsafe"]
+    else:
+        assert found.arguments[0].shape == want
+        assert not found.arguments[1].flags.writeable
+    memory = np.ones(at + 2 * behind + sum(abs(a) * n for a, n in zip(strides, shape, strict=True)), np.uint8)
+    expected = memory.copy()
+    np.ndarray(shape, dtype, expected, at, strides)[...] = 0
+    first = found.arguments[0]
+    found.function(np.ndarray(first.shape, first.dtype, memory, first.offset, first.strides), *found.arguments[1:])
+    assert np.array_equal(memory, expected)
+
+
+@pytest.mark.parametrize("value", [1, -1, 0.0, -0.0, True, False])
+def test_other_values_are_set(value):
+    """What is no plain 0 is no row of zeros."""
+    one = steps.Step(np.copyto, [steps.Place(0, 0, (1 << 20,), F4, (4,)), value, "unsafe"])
+    assert steps._coalesced(one) == one
+
+
 def test_operands_that_share_memory_are_not_recorded(counts):
     """From an address alone it would not follow which of them is read."""
     rng = np.random.default_rng(14)

@@ -7,6 +7,7 @@ for later ones. So calls that do the same elsewhere are equal, and those that fo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ _COALESCED: dict[Any, int] = {np.copyto: 0, np.add: 0, np.subtract: 0, np.multip
 _WORK: Any = 1000
 # Bytes of items that are long enough to be copied two at a time.
 _LONG_ITEM = 64
+# Bytes of a row of zeros that is copied: the most, so that it stays in L2, and the least.
+_ZEROS = 1 << 18, 1 << 15
 
 
 class Place(NamedTuple):
@@ -196,7 +199,34 @@ def _coalesced(one: Step) -> Step:
         if isinstance(a, Place):
             of = next(sizes)[::-1]
             arguments[i] = a._replace(shape=tuple(n for n, _ in of), strides=tuple(n for _, n in of))
-    return Step(one.function, arguments)
+    return _cleared(Step(one.function, arguments))
+
+
+def _cleared(one: Step) -> Step:
+    """Return a call that sets long runs to 0 as one that copies zeros, which takes half of the time and less.
+
+    What a copy of so many bytes writes is not read from memory before.
+    """
+    to, value, *others = one.arguments
+    if one.function is not np.copyto or type(value) is not int or value != 0 or not to.shape:
+        return one
+    *sizes, run = to.shape
+    *apart, beside = to.strides
+    item = to.dtype.itemsize
+    most, least = (n // item for n in _ZEROS)
+    row = next((run // n for n in range(-(-run // most), run // least + 1) if run % n == 0), 0)
+    if row == 0 or beside != item:
+        return one
+    to = to._replace(shape=(*sizes, run // row, row), strides=(*apart, row * item, item))
+    return Step(np.copyto, [to, _zeros(row, to.dtype), *others])
+
+
+@lru_cache
+def _zeros(number: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Return zeros, the same ones each time, as constants of tapes are."""
+    found = np.zeros(number, dtype)
+    found.flags.writeable = False
+    return found
 
 
 def _follow(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
