@@ -7,7 +7,6 @@ for later ones. So calls that do the same elsewhere are equal, and those that fo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,9 @@ _COALESCED: dict[Any, int] = {np.copyto: 0, np.add: 0, np.subtract: 0, np.multip
 _WORK: Any = 1000
 # Bytes of items that are long enough to be copied two at a time.
 _LONG_ITEM = 64
-# Bytes of a row of zeros that is copied: the most, so that it stays in L2, and the least.
-_ZEROS = 1 << 18, 1 << 15
+# Rows of these zeros, which stay in L2, are copied, and the fewest bytes of one.
+_ZEROS, _FEWEST_ZEROS = np.zeros(1 << 18, np.uint8), 1 << 15
+_ZEROS.flags.writeable = False
 
 
 class Place(NamedTuple):
@@ -213,20 +213,12 @@ def _cleared(one: Step) -> Step:
     *sizes, run = to.shape
     *apart, beside = to.strides
     item = to.dtype.itemsize
-    most, least = (n // item for n in _ZEROS)
-    row = next((run // n for n in range(-(-run // most), run // least + 1) if run % n == 0), 0)
+    most, fewest = _ZEROS.size // item, _FEWEST_ZEROS // item
+    row = next((run // n for n in range(-(-run // most), run // fewest + 1) if run % n == 0), 0)
     if row == 0 or beside != item:
         return one
     to = to._replace(shape=(*sizes, run // row, row), strides=(*apart, row * item, item))
-    return Step(np.copyto, [to, _zeros(row, to.dtype), *others])
-
-
-@lru_cache
-def _zeros(number: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Return zeros, the same ones each time, as constants of tapes are."""
-    found = np.zeros(number, dtype)
-    found.flags.writeable = False
-    return found
+    return Step(np.copyto, [to, _ZEROS[: row * item].view(to.dtype), *others])
 
 
 def _follow(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
