@@ -28,8 +28,10 @@ NEEDS = {
 LACKS = {"onnxruntime": (FILTER_GRADIENT,), "openvino": (FILTER_GRADIENT,), "library": (CONV, FILTER_GRADIENT)}
 LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
 FORMS = (
-    "gemmconv, gemmconv:ALGORITHM, gemmconv:prepared, gemmconv@DIRECTORY (another checkout, or a virtual environment), "
-    "the same with :ALGORITHM, numpy, " + ", ".join(PEERS) + ", module:function, file.py:function, lib.so:symbol"
+    "gemmconv, gemmconv:ALGORITHM, gemmconv:prepared, numpy, "
+    + ", ".join(PEERS)
+    + ", module:function, file.py:function, lib.so:symbol, gemmconv@DIRECTORY or gemmconv@DIRECTORY:ALGORITHM "
+    "of another checkout or a virtual environment"
 )
 
 
