@@ -214,7 +214,7 @@ def _cleared(one: Step) -> Step:
     *apart, beside = to.strides
     item = to.dtype.itemsize
     most, fewest = _ZEROS.size // item, _FEWEST_ZEROS // item
-    row = next((run // n for n in range(-(-run // most), run // fewest + 1) if run % n == 0), 0)
+    row = next((run // n for n in range(max(1, -(-run // most)), run // fewest + 1) if run % n == 0), 0)
     if row == 0 or beside != item:
         return one
     to = to._replace(shape=(*sizes, run // row, row), strides=(*apart, row * item, item))
