@@ -9,7 +9,6 @@ import contextlib
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.contenders.base import commit_of
 from bench.process import REMOVED, THREAD_VARIABLES, Process
 
 PREFIXES = (
@@ -66,7 +66,7 @@ def describe(workers: Iterable[int], keep_env: bool, roofs: bool = True, quick: 
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)},
         "removed_variables": [] if keep_env else [name for name in REMOVED if name in os.environ],
         "set_variables": list(THREAD_VARIABLES),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "warnings": config["warnings"] + held(os.environ, config["cpu"]["flags"]),
     }
     copied = MOST_COPY_BYTES // (8 if quick else 1)
@@ -131,14 +131,6 @@ def _virtual_machine() -> str | None:
     if "hypervisor" in (_read("/proc/cpuinfo") or "").split():
         return _read("/sys/class/dmi/id/sys_vendor") or "yes"
     return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @dataclass

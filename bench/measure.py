@@ -90,7 +90,7 @@ class Seat:
             self._lose(loss)
             return False
         if started.hello["status"] != "ok":
-            self.status, self.detail = "raised", started.hello["detail"]
+            self.status, self.detail = "raised", self.spec.without_path(started.hello["detail"])
             self.losses = MOST_LOSSES
             started.close()
             return False
@@ -106,14 +106,14 @@ class Seat:
             answer = self.process.ask(do, timeout_s, **arguments)
         except Lost as loss:
             self._lose(loss)
-            return {"status": loss.status, "detail": loss.detail}
+            return {"status": loss.status, "detail": self.detail}
         self.process.stop()
-        return answer
+        return answer | {"detail": self.spec.without_path(answer["detail"])} if "detail" in answer else answer
 
     def _lose(self, loss: Lost) -> None:
         self.process = None
         self.losses += 1
-        self.detail = loss.detail
+        self.detail = self.spec.without_path(loss.detail)
 
     def close(self) -> None:
         """End the process."""

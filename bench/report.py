@@ -69,9 +69,13 @@ def print_speed(found: Document, out: Console) -> None:
                 f"by the fastest calls {by_fastest_calls(found, workers):.2f}"
             )
     for workers in found["settings"]["workers"]:
-        share, times = roof_share(found, workers), scaling(found, workers) if workers > 1 else None
+        share, gain = roof_share(found, workers), scaling(found, workers) if workers > 1 else None
         texts = [] if share is None else [f"median share of the roof {share:.0%}"]
-        texts += [] if times is None else [f"{times:.2f} times as fast as with 1 on layers above 1 GFLOP"]
+        if gain is not None:
+            into = "" if gain["into"] is None else f" ({gain['into']:.2f} with out=)"
+            texts.append(f"{gain['ratio']:.2f} times as fast as with 1 on layers above 1 GFLOP{into}")
+            if gain["near"] is not None:
+                texts.append(f"90 % and more of what the roofs gain on {gain['near']} of {gain['layers']} of them")
         if texts:
             out.print(f"{escape(subject)}, {workers} worker(s): {', '.join(texts)}")
     for name in ("flops", "roof", "interval"):

@@ -41,6 +41,7 @@ CONVENTIONS = {
 }
 # Layers whose work several workers should share well.
 _LARGE_FLOPS = 1e9
+_NEAR = 0.9
 FRAMEWORKS = ("torch", "tensorflow", "onnxruntime", "openvino", "jax")
 # Statuses of a row: all but 'ok' and 'unsupported' are failures of the contender.
 FAILURES = ("wrong", "raised", "hung", "died", "given up")
@@ -200,11 +201,26 @@ def roof_share(found: Document, workers: int) -> float | None:
     return float(np.median(shares)) if shares else None
 
 
-def scaling(found: Document, workers: int) -> float | None:
-    """How many times as fast the subject is as with one worker: the geometric mean over layers above 1 GFLOP."""
+def scaling(found: Document, workers: int) -> Row | None:
+    """How many times as fast the subject is as with one worker, on layers above 1 GFLOP; None if there are none.
+
+    The geometric mean `ratio`, that of calls `into` an array that is there, and how many of `layers` gain at least
+    `_NEAR` of what their roofs do (`near`): None where calls into arrays or roofs were not measured.
+    """
     one, many = _own(found, 1), _own(found, workers)
-    large = [layer for layer in many if layer in one and many[layer]["flops"] > _LARGE_FLOPS]
-    return _mean([one[layer]["median_seconds"] / many[layer]["median_seconds"] for layer in large])
+    pairs = [(one[layer], row) for layer, row in many.items() if layer in one and row["flops"] > _LARGE_FLOPS]
+    if not pairs:
+        return None
+    gains = [a["median_seconds"] / b["median_seconds"] for a, b in pairs]
+    into: list[float] = []
+    if all("first_touch" in row for pair in pairs for row in pair):
+        given = [[np.median(row["first_touch"]["given_seconds"]) for row in pair] for pair in pairs]
+        into = [float(a / b) for a, b in given]
+    near = None
+    if all(row.get("roof_gflops") for pair in pairs for row in pair):
+        roofs = [b["roof_gflops"] / a["roof_gflops"] for a, b in pairs]
+        near = sum(gain >= _NEAR * roof for gain, roof in zip(gains, roofs, strict=True))
+    return {"ratio": _mean(gains), "into": _mean(into), "near": near, "layers": len(pairs)}
 
 
 def seen_from(found: Document, subject: str) -> Document:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
 import sys
 import time
 import venv
@@ -18,7 +19,7 @@ import gemmconv
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import compare, contenders, environment, layers, process, reference, results, statistics  # noqa: E402
+from bench import compare, contenders, environment, layers, measure, process, reference, results, statistics  # noqa: E402
 from bench.contenders import own, roof  # noqa: E402
 from bench.statistics import Interval, Series  # noqa: E402
 
@@ -313,8 +314,44 @@ def test_gemmconv_of_another_checkout(tmp_path):
         assert said["status"] == "ok"
     assert said["note"] == "kn2row"
     assert asked(contenders.parse("gemmconv"))[0]["versions"]["gemmconv"] == gemmconv.__version__
-    with pytest.raises(ValueError, match="is neither a checkout of gemmconv nor a virtual environment"):
-        contenders.parse(f"gemmconv@{tmp_path}")
+    subprocess.run("git init -q . && git -c user.name=a -c user.email=a commit -q --allow-empty -m a",
+                   cwd=other, shell=True, check=True)  # fmt: skip
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=other, check=True, capture_output=True, text=True).stdout
+    assert asked(specs[0])[0]["versions"]["commit"] == head[:10]
+
+
+def test_places_of_gemmconv_are_read(tmp_path):
+    """A path may have a colon, `auto` is what is meant without it, and a checkout that is an environment is itself."""
+    other = tmp_path / "a:b"
+    (other / "gemmconv").mkdir(parents=True)
+    (other / "gemmconv/__init__.py").touch()
+    (other / "bin").mkdir()
+    (other / "bin/python").touch()
+    for text, what in (("", "auto"), (":auto", "auto"), (":mec", "mec")):
+        spec = contenders.parse(f"gemmconv@{other}{text}")
+        assert (spec.where, spec.what, spec.python) == (str(other), what, sys.executable)
+        assert spec.name == ("gemmconv@a:b" if what == "auto" else "gemmconv@a:b:mec")
+    for place in ("", ":mec", f"{other}:", str(tmp_path), f"{tmp_path}:mec", f"{tmp_path}/none"):
+        with pytest.raises(ValueError, match="is neither a checkout of gemmconv nor a virtual environment"):
+            contenders.parse(f"gemmconv@{place}")
+
+
+def test_results_do_not_tell_where_a_checkout_lies(tmp_path):
+    """What Python says of a module that is not there names its file."""
+    (tmp_path / "gemmconv").mkdir()
+    (tmp_path / "gemmconv/__init__.py").write_text("__version__ = '0'")
+    layer = dataclasses.asdict(layers.suite("tiny")[0])
+    asks = {"layer": layer, "dtype": "float32", "layout": "NDHWC", "end_to_end": False, "seed": 0, "reference": None}
+    seat = measure.Seat(contenders.parse(f"gemmconv@{tmp_path}"), 1, keep_env=False)
+    assert seat.sit()
+    detail = seat.ask("prepare", 60, largest=1.0, **asks)["detail"]
+    seat.close()
+    assert f"({tmp_path.name}/gemmconv/__init__.py)" in detail
+    assert str(tmp_path) not in detail
+    (tmp_path / "gemmconv/__init__.py").write_text("raise ValueError(__file__)")
+    assert not seat.sit()
+    assert f"ValueError: {tmp_path.name}/gemmconv/__init__.py" in seat.detail
+    assert str(tmp_path) not in seat.detail
 
 
 def test_gemmconv_by_another_interpreter(tmp_path, monkeypatch):
@@ -322,12 +359,13 @@ def test_gemmconv_by_another_interpreter(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(np.__file__).parents[1]))
     venv.create(tmp_path / "other", symlinks=True)
     (site,) = (tmp_path / "other/lib").glob("python*/site-packages")
-    (site / "mark.pth").write_text("import sys; sys.version = 'another'")
+    (site / "mark.pth").write_text("import sys; sys.version = sys.version.removesuffix(' another') + ' another'")
     spec = contenders.parse(f"gemmconv@{tmp_path / 'other'}")
     assert (spec.name, spec.python) == ("gemmconv@other", str(tmp_path / "other/bin/python"))
     hello, said = asked(spec)
     assert (hello["status"], said["status"]) == ("ok", "ok")
-    assert hello["versions"]["python"] == "another"
+    assert hello["versions"]["python"] == f"{sys.version} another"
+    assert hello["versions"]["gemmconv"] == gemmconv.__version__
     assert contenders.parse("gemmconv").python == sys.executable
 
 
@@ -439,8 +477,17 @@ def test_shares_and_scaling():
     assert results.by_fastest_calls(found, 1) == pytest.approx(math.sqrt(0.5 * 2))
     assert results.by_fastest_calls(found, 2) is None
     assert [results.roof_share(found, workers) for workers in (1, 2, 3)] == [0.25, 0.5, None]
-    assert results.scaling(found, 2) == pytest.approx(2)
+    gain = {"ratio": pytest.approx(2), "into": None, "near": None, "layers": 2}
+    assert results.scaling(found, 2) == gain
     assert results.scaling(found, 3) is None
+    # a gains 2 where its roofs gain 2.2, b 2 where they gain 2.3; with out= 1 and 4.
+    roofs = {("a", 1): 1.0, ("b", 1): 1.0, ("a", 2): 2.2, ("b", 2): 2.3}
+    given = {("a", 1): [3.0, 4.0, 9.0], ("b", 1): [4.0], ("a", 2): [4.0], ("b", 2): [1.0]}
+    for one in found["rows"]:
+        key = one["layer"], one["workers"]
+        one["roof_gflops"] = roofs.get(key)
+        one["first_touch"] = {"given_seconds": given.get(key, [1.0])}
+    assert results.scaling(found, 2) == gain | {"into": pytest.approx(2), "near": 1}
 
 
 @pytest.mark.parametrize(("edge", "chunk"), [(16, 16), (16, 4), (24, 5), (10, 1)])

@@ -446,6 +446,23 @@ def test_long_runs_of_zeros_are_copied(dtype, shape, strides, want):
     assert np.array_equal(memory, expected)
 
 
+def test_plans_copy_zeros_to_gaps(counts):
+    """Of kernel 1 at stride 2 seven of eight results are gaps, of which a block clears 32 KiB and more."""
+    rng = np.random.default_rng(15)
+    plan = gemmconv.plan_conv3d_transpose((1, 8, 16, 16, 16), (1, 1, 1, 16, 16), strides=2)
+    filter = drawn(rng, (1, 1, 1, 16, 16))
+    for _ in range(6):
+        value = drawn(rng, (1, 8, 16, 16, 16))
+        want = np.zeros(plan.output_shape, F4)
+        want[:, ::2, ::2, ::2] = value @ filter[0, 0, 0].T
+        assert same_bits(plan(value, filter), want)
+    assert counts["played"] > 0
+    tapes = [found.tape for found in plan._needs.tapes._recordings.values() if found is not None]
+    assert any(step.arguments[1].base is steps._ZEROS
+               for of in tapes for step in of.steps
+               if step.function is np.copyto and isinstance(step.arguments[1], np.ndarray))  # fmt: skip
+
+
 @pytest.mark.parametrize("value", [1, -1, 0.0, -0.0, True, False])
 def test_other_values_are_set(value):
     """What is no plain 0 is no row of zeros."""

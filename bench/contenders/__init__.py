@@ -51,8 +51,13 @@ class Spec:
     @property
     def python(self) -> str:
         """The interpreter of its process."""
-        own = interpreter(Path(self.where)) if self.kind == "gemmconv" and self.where else None
-        return sys.executable if own is None else str(own)
+        if self.kind != "gemmconv" or not self.where or is_checkout(Path(self.where)):
+            return sys.executable
+        return str(interpreter(Path(self.where)))
+
+    def without_path(self, text: str) -> str:
+        """A text with the last part of `where` in place of it, since results say nothing of where files lie."""
+        return text.replace(self.where, Path(self.where).name) if self.where else text
 
     def missing(self, op: str) -> str:
         """Why it cannot be measured on an operation: packages that are not installed, or it has none; else empty."""
@@ -99,18 +104,24 @@ def parse(text: str, op: str = TRANSPOSE) -> Spec:
 
 def _elsewhere(text: str) -> Spec:
     """Read gemmconv@DIRECTORY, or that and an algorithm, which only the gemmconv that is there knows."""
-    place, _, what = text.removeprefix("gemmconv@").partition(":")
+    place, what = text.removeprefix("gemmconv@"), "auto"
+    if ":" in place and not Path(place).is_dir():
+        place, _, what = place.rpartition(":")
     path = Path(place).resolve()
-    if not (path / "gemmconv" / "__init__.py").is_file() and interpreter(path) is None:
-        raise ValueError(f"{text}: {place} is neither a checkout of gemmconv nor a virtual environment")
-    name = ":".join(filter(None, [f"gemmconv@{path.name}", what]))  # which says nothing of this machine
-    return Spec(name, "gemmconv", str(path), what or "auto", name)
+    if not place or not what or not (is_checkout(path) or interpreter(path).is_file()):
+        raise ValueError(f"{text}: {place!r} is neither a checkout of gemmconv nor a virtual environment")
+    name = f"gemmconv@{path.name}" if what == "auto" else f"gemmconv@{path.name}:{what}"  # not where it lies
+    return Spec(name, "gemmconv", str(path), what, name)
 
 
-def interpreter(path: Path) -> Path | None:
-    """The Python of a virtual environment; None if a directory is none."""
-    found = path / "bin" / "python"
-    return found if found.is_file() else None
+def is_checkout(path: Path) -> bool:
+    """Whether a directory has a gemmconv of its own; it may be a virtual environment as well, which does not count."""
+    return (path / "gemmconv" / "__init__.py").is_file()
+
+
+def interpreter(path: Path) -> Path:
+    """Where a virtual environment has its Python."""
+    return path / "bin" / "python"
 
 
 def parse_all(texts: list[str], op: str = TRANSPOSE) -> list[Spec]:
@@ -128,7 +139,7 @@ def parse_all(texts: list[str], op: str = TRANSPOSE) -> list[Spec]:
 
 def load(spec: Spec, workers: int) -> Contender:
     """Import a contender into this process."""
-    if spec.kind == "gemmconv" and spec.where and interpreter(Path(spec.where)) is None:
+    if spec.kind == "gemmconv" and spec.where and is_checkout(Path(spec.where)):
         sys.path.insert(0, spec.where)
     if spec.kind in ("gemmconv", "numpy"):
         from bench.contenders import own

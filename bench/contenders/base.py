@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,6 +99,15 @@ def signature(job: Job) -> tuple[list[Any], dict[str, Any]]:
         options["output_shape"] = layer.result_shape(job.layout)
     sizes = [layer.shape("filter")] if layer.op == FILTER_GRADIENT else []
     return [job.first, *sizes, job.second], options
+
+
+def commit_of(directory: Path) -> str | None:
+    """The commit that a directory is of, and whether it was changed since; None outside of a checkout."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def packed(array: Array) -> Array:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.contenders import PREPARED
-from bench.contenders.base import Call, Job, Unsupported, packed, signature
+from bench.contenders.base import Call, Job, Unsupported, commit_of, packed, signature
 from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, Layer
 from bench.reference import Array
 
@@ -37,6 +38,7 @@ class Gemmconv:
         self.versions = {name: version(name) for name in ("numpy", "scipy")} | {
             "gemmconv": gemmconv.__version__,
             "python": sys.version,
+            "commit": commit_of(Path(gemmconv.__file__).parent) or "none",
         }
 
     def calls(self, job: Job) -> list[Call]:
