@@ -34,6 +34,14 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(linked), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short(page):
+    """Tables, pictures, code and what is shown of a terminal cannot be broken."""
+    fixed = ("|", "![", "    ")
+    prose = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(fixed)] == []
+
+
 def test_every_page_is_reached_from_the_readme():
     """A page nobody links to is not read."""
     text = (ROOT / "README.md").read_text()
