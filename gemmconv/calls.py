@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemmconv import arrays, threads
+from gemmconv.arguments import one_of
 from gemmconv.arrays import Array
 from gemmconv.lowerings import CannotLowerError
 from gemmconv.machine import this_machine
 from gemmconv.plan import ALGORITHMS, Plan, make_plan
-from gemmconv.problem import Problem, one_of
+from gemmconv.problem import Problem
 
 
 def plan(function: str, asked: Problem, algorithm: str = "auto", workers: int | None = None) -> Plan:

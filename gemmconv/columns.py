@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, problem
+from gemmconv import arguments, arrays, problem
 from gemmconv.arrays import Array
 from gemmconv.problem import Axis
 from gemmconv.quiet import quiet
@@ -79,7 +79,7 @@ def im2col(
     layout = _layout(function, "array", z.shape, 1, data_format)
     axes = _axes(function, problem.spatial_part(layout, z.shape), kernel, strides, padding, layout, dilations)
     shape = _columns_shape(layout, z.shape[0], z.shape[layout.index("C")], axes)
-    problem.check_bytes(function, "result", shape, z.dtype)
+    arguments.check_bytes(function, "result", shape, z.dtype)
     columns = np.zeros(shape, z.dtype)
     for at, from_ in _taps(axes, layout):
         columns[at] = z[from_]
@@ -150,7 +150,7 @@ def col2im(
             f"{tuple(a.dilation for a in axes)} and padding {padding!r}; they must be equal"
         )
     shape = problem.in_layout(layout, batch, sizes, channels)
-    problem.check_bytes(function, "result", shape, given.dtype)
+    arguments.check_bytes(function, "result", shape, given.dtype)
     result = np.zeros(shape, np.float32 if given.dtype.itemsize == 2 else given.dtype)
     return _folded(result, given, _taps(axes, layout))
 
@@ -166,19 +166,19 @@ def _folded(result: Array, columns: Array, taps: Iterable[tuple[Index, Index]]) 
 def _layout(function: str, name: str, shape: tuple[int, ...], each: int, data_format: Any) -> str:
     """Return the layout of an array that has `each` axes for each spatial one."""
     known = [layout for layouts in problem.LAYOUTS.values() for layout in layouts]
-    named = None if data_format is None else problem.one_of(function, "data_format", data_format, known)
+    named = None if data_format is None else arguments.one_of(function, "data_format", data_format, known)
     ranks = {each * rank + 2: rank for rank in problem.LAYOUTS if named is None or rank == len(named) - 2}
     if len(shape) not in ranks:
         wanted = " or ".join(f"{axes}-D" for axes in ranks) + ("" if named is None else f" for {named}")
         raise ValueError(f"{function}: {name} must be {wanted}, got {len(shape)}-D, shape {shape}")
-    return problem.layout_of(function, named, ranks[len(shape)])
+    return arguments.layout_of(function, named, ranks[len(shape)])
 
 
 def _sizes(function: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
     """Return an argument that holds one size for each of `rank` axes, or one for all."""
     text = f"{function}: {name}"
     single = not hasattr(value, "__getitem__") or isinstance(value, np.generic)
-    sizes = (problem.integer(text, value),) * rank if single else problem.integers(text, value)
+    sizes = (arguments.integer(text, value),) * rank if single else arguments.integers(text, value)
     if len(sizes) != rank:
         raise ValueError(f"{text} must be an integer or {rank} of them, one for each spatial axis, got {list(sizes)}")
     if min(sizes) < 0:
@@ -191,9 +191,9 @@ def _axes(
 ) -> list[Axis]:
     """Return the relation of the array's positions to those of the columns."""
     taps = _sizes(function, "kernel", kernel, len(fine))
-    strides = problem.steps(function, "strides", strides, layout)
-    dilations = problem.steps(function, "dilations", dilations, layout)
-    pads = problem.paddings(function, padding, layout, explicit=True)
+    strides = arguments.steps(function, "strides", strides, layout)
+    dilations = arguments.steps(function, "dilations", dilations, layout)
+    pads = arguments.paddings(function, padding, layout, explicit=True)
     relation = zip(fine, taps, strides, dilations, pads, strict=True)
     return [problem.axis_of(problem.gathered(*axis), *axis) for axis in relation]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, calls, problem
+from gemmconv import arguments, arrays, calls
 from gemmconv.plan import Plan
 
 
@@ -147,7 +147,7 @@ def plan_conv3d_transpose(
     np.float32(256.0)
     """
     function = "plan_conv3d_transpose"
-    asked = problem.conv3d_transpose_problem(
+    asked = arguments.conv3d_transpose_problem(
         _sizes(function, "value_shape", value_shape),
         _sizes(function, "filter_shape", filter_shape),
         output_shape,
@@ -298,7 +298,7 @@ def conv3d_backprop_filter_v2(
     function = "conv3d_backprop_filter_v2"
     _required(function, "strides", strides)
     z, g, dtype = arrays.operands(function, input, out_backprop, ("input", "out_backprop"))
-    asked = problem.conv3d_backprop_filter_problem(
+    asked = arguments.conv3d_backprop_filter_problem(
         z.shape, filter_sizes, g.shape, strides, padding, data_format, dilations, dtype, function=function
     )
     return calls.compute(function, asked, z, g, out=out, algorithm=algorithm, workers=workers)
@@ -346,7 +346,7 @@ def plan_conv3d(
     _required(function, "strides", strides)
     shapes = _sizes(function, "input_shape", input_shape), _sizes(function, "filter_shape", filter_shape)
     supported = arrays.supported_dtype(function, dtype)
-    asked = problem.conv3d_problem(*shapes, strides, padding, data_format, dilations, supported, function=function)
+    asked = arguments.conv3d_problem(*shapes, strides, padding, data_format, dilations, supported, function=function)
     return calls.plan(function, asked, algorithm, workers)
 
 
@@ -397,7 +397,7 @@ def plan_conv3d_backprop_filter_v2(
         for name, shape in (("input_shape", input_shape), ("out_backprop_shape", out_backprop_shape))
     )
     supported = arrays.supported_dtype(function, dtype)
-    asked = problem.conv3d_backprop_filter_problem(
+    asked = arguments.conv3d_backprop_filter_problem(
         first, filter_sizes, second, strides, padding, data_format, dilations, supported, function=function
     )
     return calls.plan(function, asked, algorithm, workers)
@@ -576,7 +576,7 @@ def conv_transpose(
     (1, 8, 8, 5)
     """
     function = "conv_transpose"
-    shape = problem.integers(f"{function}: output_shape", output_shape)
+    shape = arguments.integers(f"{function}: output_shape", output_shape)
     if len(shape) not in (3, 4, 5):
         raise ValueError(f"{function}: output_shape must be of length 3, 4 or 5, got {len(shape)}: {list(shape)}")
     how: dict[str, Any] = {"out": out, "algorithm": algorithm, "workers": workers}
@@ -725,7 +725,7 @@ def _transposed(
     """Compute a transposed convolution in `rank` dimensions; `names` are the operands' for the caller."""
     x, w, dtype = arrays.operands(function, value, filter, names)
     shapes = x.shape, w.shape, output_shape
-    asked = problem.conv3d_transpose_problem(
+    asked = arguments.conv3d_transpose_problem(
         *shapes, strides, padding, data_format, dilations, dtype, function=function, names=names, rank=rank
     )
     return calls.compute(function, asked, x, w, rank=rank, **how)
@@ -745,7 +745,7 @@ def _convolved(
 ) -> np.ndarray[Any, Any]:
     """Compute a convolution in `rank` dimensions; `names` are the caller's, of the operands and the strides."""
     z, w, dtype = arrays.operands(function, input, filter, names[:2])
-    asked = problem.conv3d_problem(
+    asked = arguments.conv3d_problem(
         z.shape, w.shape, strides, padding, data_format, dilations, dtype, function=function, names=names, rank=rank
     )
     return calls.compute(function, asked, z, w, rank=rank, **how)
@@ -753,7 +753,7 @@ def _convolved(
 
 def _sizes(function: str, name: str, shape: Any) -> tuple[int, ...]:
     """Return the shape of an operand that is not there."""
-    sizes = problem.integers(f"{function}: {name}", shape)
+    sizes = arguments.integers(f"{function}: {name}", shape)
     if sizes and min(sizes) < 0:
         raise ValueError(f"{function}: {name}={list(sizes)} has negative sizes, they are at least 0")
     return sizes

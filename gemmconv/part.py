@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from gemmconv import arrays, profile, running
+from gemmconv.arguments import integers
 from gemmconv.arrays import Array
 from gemmconv.lowerings import NotFiniteError
 from gemmconv.lowerings.base import order
 from gemmconv.parts import Box, Piece, by_axis, by_meaning, hull, pieces
-from gemmconv.problem import Role, integers
+from gemmconv.problem import Role
 from gemmconv.running import Excerpt, Progress
 
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from gemmconv import arrays, parts, profile, results, running
+from gemmconv import arrays, cutting, parts, profile, results, running
+from gemmconv.arguments import integer, integers
 from gemmconv.arrays import Array
 from gemmconv.lowerings import GROUPS_ONLY, LOWERINGS, OF_GROUPS, CannotLowerError, Schedule
-from gemmconv.lowerings.base import order
 from gemmconv.lowerings.boxes import Bounds
 from gemmconv.lowerings.cost import total_s
 from gemmconv.machine import Machine
 from gemmconv.part import Part, bounds_of
-from gemmconv.problem import Problem, integer, integers
+from gemmconv.problem import Problem
 from gemmconv.running import Packed, Progress
 
 # Names that `algorithm` takes, by operation.
@@ -295,34 +295,16 @@ class Plan:
     @cached_property
     def cuts(self) -> tuple[tuple[int, ...], ...]:
         """For each axis of the result where boxes may begin and end to hold whole blocks, from 0 to its size."""
-        role = self.problem.roles[2]
-        borders = [{0, size} for size in parts.by_meaning(self.problem.layout, role, self.output_shape)]
-        for digit in self._digits:
-            for bounds in digit:
-                for axis, (start, stop) in bounds:
-                    if start < stop:
-                        borders[axis] |= {start, stop}
-        if self.schedule is not None:
-            groups = self.schedule.problem.groups
-            each = max(borders[4]) // groups
-            borders[4] = {g * each + at for g in range(groups) for at in borders[4] if at <= each} | {groups * each}
-        return parts.by_axis(self.problem.layout, role, [tuple(sorted(of_axis)) for of_axis in borders])
+        found = cutting.cuts(self.problem, self._groups, self._digits)
+        return parts.by_axis(self.problem.layout, self.problem.roles[2], found)
 
     @cached_property
     def _digits(self) -> list[list[Bounds]]:
-        """The digits of a block's index in its group, with bounds on the axes of the result by meaning."""
-        if self.schedule is None:
-            return []
-        of = self.schedule.problem
-        # A schedule has its own order of the spatial axes; a filter has no batch before them.
-        first = 0 if self.problem.roles[2] == "filter" else 1
-        names = {0: 0, 4: 4} | {first + i: first + at for i, at in enumerate(order(of.axes))}
-        # Taps that are seen as channels are no axis of the result: such a problem is cut along the batch alone.
-        known = {0} if of.result_shape[1:-1] != self.output_shape[1:-1] else set(names)
-        return [
-            [tuple((names[a], span) for a, span in bounds if a in known) for bounds in digit]
-            for digit in self.schedule.digits
-        ]
+        return [] if self.schedule is None else cutting.digits(self.problem, self.schedule)
+
+    @property
+    def _groups(self) -> int:
+        return 1 if self.schedule is None else self.schedule.problem.groups
 
     def chunks(self, most_bytes: int, borders: Sequence[Sequence[int]] | None = None) -> tuple[tuple[int, ...], ...]:
         """Cut the result in boxes each of which, with what it needs of the operands but the filter, takes few bytes.
@@ -358,30 +340,14 @@ class Plan:
         most = integer(f"plan of {self.problem.operation}: most_bytes", most_bytes)
         at = [sorted({0, size, *own}) for size, own in zip(self.output_shape, borders or self.cuts, strict=True)]
         role = self.problem.roles[2]
-        axes = range(len(at))
-        batch, *spatial, _ = parts.by_meaning(self.problem.layout, role, axes)
-        many = [1] * len(at)
-        while True:
-            cuts = [
-                [of_axis[len(of_axis[1:]) * i // n] for i in range(n + 1)] for of_axis, n in zip(at, many, strict=True)
-            ]
-            longest = [max(pairwise(of_axis), key=lambda span: span[1] - span[0]) for of_axis in cuts]
-            taken = self._taken(longest)
-            possible = [i for i in axes if many[i] < len(at[i]) - 1]
-            if taken <= most or not possible:
-                break
-            along = [i for i in spatial if i in possible]
-            if role != "filter" and batch in possible:
-                axis = batch
-            else:
-                axis = max(along, key=lambda i: longest[i][1] - longest[i][0]) if along else possible[-1]
-            many[axis] = min(2 * many[axis], len(at[axis]) - 1)
+        batch, *spatial, _ = parts.by_meaning(self.problem.layout, role, range(len(at)))
+        found, taken = cutting.pieces(at, [] if role == "filter" else [batch], spatial, self._taken, most)
         if taken > most:
             raise ValueError(
                 f"plan of {self.problem.operation}: the smallest boxes of the result {self.output_shape} take {taken} "
                 f"bytes with what they need of the operands, more than {most}"
             )
-        return tuple(tuple(b - a for a, b in pairwise(of_axis)) for of_axis in cuts)
+        return tuple(tuple(b - a for a, b in pairwise(of_axis)) for of_axis in found)
 
     def boxes(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[slice, ...]]:
         """Return the boxes of the result that `chunks` describes, as `chunks()` returns it, the last axis fastest."""
@@ -400,34 +366,12 @@ class Plan:
             taken += 0 if role == "filter" else math.prod(span.stop - span.start for span in window)
         return taken * self.problem.dtype.itemsize
 
-    def blocks_in(self, box: parts.Box) -> np.ndarray[Any, Any] | None:
+    def blocks_in(self, box: parts.Box) -> cutting.Indices | None:
         """Return the indices of the blocks that make up a box of the result, or None where it cuts through some."""
-        role = self.problem.roles[2]
-        cuts = parts.by_meaning(self.problem.layout, role, self.cuts)
-        if self.schedule is None or not all({a, b} <= set(at) for (a, b), at in zip(box, cuts, strict=True)):
+        if self.schedule is None:
             return None
-        groups = self.schedule.problem.groups
-        each = cuts[4][-1] // groups
-        digits: list[list[Bounds]] = [*self._digits, [()] * groups]
-        chosen, channels = [], None
-        for place, digit in enumerate(digits):
-            spatial = [[(a, span) for a, span in bounds if a != 4] for bounds in digit]
-            of_channels = [[span for a, span in bounds if a == 4] for bounds in digit]
-            if any(of_channels):
-                channels = place, [span for (span,) in of_channels]
-            inside = [all(box[a][0] <= i < j <= box[a][1] for a, (i, j) in bounds) for bounds in spatial]
-            chosen.append(np.flatnonzero(inside))
-        index = np.zeros([1] * len(digits), np.int64)
-        for values, digit in zip(np.ix_(*chosen), digits, strict=True):
-            index = index * len(digit) + values
-        group = np.ix_(*chosen)[-1]
-        start, stop = np.array([0]), np.array([each])
-        if channels is not None:
-            at, spans = channels
-            start, stop = (np.array([span[i] for span in spans])[np.ix_(*chosen)[at]] for i in (0, 1))
-        inside = (box[4][0] <= group * each + start) & (group * each + stop <= box[4][1])
-        found: np.ndarray[Any, Any] = index[np.broadcast_to(inside, index.shape)]
-        return found
+        where = parts.by_meaning(self.problem.layout, self.problem.roles[2], self.cuts)
+        return cutting.blocks_in(box, where, self._groups, self._digits)
 
     def _check(self, name: str, argument: str, array: Array, shape: tuple[int, ...]) -> None:
         if array.shape != shape:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from gemmconv import arrays, results
+from gemmconv.arguments import integer
 from gemmconv.plan import Plan
-from gemmconv.problem import integer
 from gemmconv.running import Progress
 
 DEFAULT_MEMORY_BYTES = 1 << 28

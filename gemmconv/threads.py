@@ -1,16 +1,13 @@
-"""Worker threads, how many of them, and BLAS held to one thread of its own while they work.
+"""Worker threads, how many of them, and how the blocks of a call are dealt to them.
 
 For: `run`, which executes the blocks of a call; `resolve_workers`, `set_workers` and `get_workers` behind every
 `workers` argument; `describe` for `show_config()`. It must not know what a task computes, call BLAS, set an environment
-variable, or leave a setting of the process changed once no call runs. Of the package it imports `machine` only.
+variable, or leave a setting of the process changed once no call runs. Of the package it imports `limit`, which holds
+BLAS to one thread, and `machine`.
 
 An interrupt can cut the main thread off after any bytecode. So settings are made and restored on pool threads; a caller
 only waits, can be cut off anywhere (`_drive`), and takes no lock that a pool thread needs: `with lock` itself is not
 safe from an interrupt in every version of Python.
-
-What cannot be helped: a `threadpool_limits` that another thread enters while a call runs takes our 1 for the number to
-restore; one that another thread has entered before may keep BLAS from being held (`run` warns); and after a call within
-one of its own a thread no longer owns its limit (threadpoolctl >= 3.8), so that other threads can change it.
 """
 
 from __future__ import annotations
@@ -29,18 +26,14 @@ from queue import Empty, SimpleQueue
 from typing import Any, SupportsIndex
 
 import numpy as np
-import scipy.linalg.cython_blas  # the BLAS that gemmconv calls has to be loaded before _limit looks for it
-import threadpoolctl
 
+from gemmconv.limit import Limit, count_fork
 from gemmconv.machine import usable_cores
 
 Task = Callable[[int, int], None]
 
 # A pool thread that others wait for leaves a call after this time, between two indices, and queues up again.
 SLICE_S = 0.01
-
-# What the path of a library begins with that SciPy's wheel brings: scipy.libs/... or scipy/.dylibs/...
-_SCIPY = os.path.realpath(os.path.dirname(scipy.__file__))
 
 _workers: ContextVar[int | None] = ContextVar("gemmconv_workers", default=None)
 _in_task: ContextVar[bool] = ContextVar("gemmconv_in_task", default=False)
@@ -54,6 +47,8 @@ _context.run(_in_task.set, True)
 def get_workers() -> int:
     """Workers that `workers=None` stands for here: `set_workers`' number, else BLAS' own, at most the usable cores."""
     chosen = _workers.get()
+    if chosen is None:
+        _load()
     return max(1, min(_limit.allowed() if chosen is None else chosen, usable_cores()))
 
 
@@ -131,7 +126,7 @@ def run(task: Task, count: int, workers: int, *, limit_blas: bool = True, alike:
         for index in range(count):
             _context.copy().run(task, index, 0)
         return
-    _limit.load()
+    _load()
     if not limit_blas:
         call = _drive(_Call(task, count, workers, limited=False, alike=alike))
     else:
@@ -154,7 +149,7 @@ def run(task: Task, count: int, workers: int, *, limit_blas: bool = True, alike:
 
 def describe() -> dict[str, Any]:
     """Facts for `show_config()`, JSON-able. Holds BLAS for a moment to see whether it can be held."""
-    _limit.load()
+    _load()
     if not _in_task.get():
         _held(_nothing, 1, 1, True)
     return {
@@ -163,6 +158,14 @@ def describe() -> dict[str, Any]:
         "limit": _limit.never or "one BLAS thread while a call runs",
         "held": [{"library": pool.name, "threads": pool.threads(), "problem": pool.problem} for pool in _limit.pools],
     }
+
+
+def _load() -> None:
+    if not _limit.loaded:
+        # On a pool thread: a callback in threadpoolctl 3.5 swallows an interrupt, and would find only some pools.
+        call = _drive(_Call(_limit.search, 1, 1, limited=False))
+        if call.error is not None:
+            raise call.error
 
 
 def _nothing(index: int, slot: int) -> None:
@@ -186,139 +189,6 @@ def _held(task: Task, count: int, workers: int, alike: bool) -> _Call:
             pool.give_up(force=False)
         call = _drive(_Call(task, count, workers, alike=alike))
     return call
-
-
-class _Limit:
-    """All BLAS pools held to one thread while `calls` is not 0; entered and left on pool threads."""
-
-    def __init__(self) -> None:
-        self.lock: Any = threading.RLock()  # its release by a thread that does not hold it is an error, not a release
-        self.pools: list[_BlasPool] = []
-        self.never = ""  # why no BLAS can be limited
-        self.loaded = False
-        self.calls = self.changes = 0
-
-    def load(self) -> None:
-        if not self.loaded:
-            # On a pool thread: a callback in threadpoolctl 3.5 swallows an interrupt, and would find only some pools.
-            call = _drive(_Call(self._search, 1, 1, limited=False))
-            if call.error is not None:
-                raise call.error
-
-    def _search(self, index: int, slot: int) -> None:
-        with self.lock:  # no fork meanwhile: the search may hold a lock of the dynamic linker
-            if self.loaded:
-                return
-            found = [_BlasPool(controller) for controller in threadpoolctl.ThreadpoolController().lib_controllers]
-            self.pools = [pool for pool in found if pool.api == "blas"]
-            built = scipy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {}).get("name", "unknown")
-            if not self.pools or built.lower() == "accelerate":
-                self.never = f"SciPy's BLAS ('{built}') is none that threadpoolctl can limit"
-            if any(getattr(pool.controller, "threading_layer", "") == "openmp" for pool in self.pools):
-                # OpenBLAS before 0.3.34 takes its number from OpenMP's of the calling thread.
-                self.pools += [pool for pool in found if pool.api == "openmp"]
-            self.loaded = True
-
-    def allowed(self) -> int:
-        """Threads that SciPy's BLAS is allowed, or was when the first of the calls began that are running."""
-        self.load()
-        if self.never:
-            return 1
-        pools = [pool for pool in self.pools if pool.api == "blas"]
-        return max(pool.allowed_now(self) for pool in [pool for pool in pools if pool.is_scipys] or pools)
-
-    def enter(self, begins: bool) -> list[str]:
-        """Hold every pool as the calling thread sees it; the reasons why some cannot be. `begins`: a `leave` follows.
-
-        Every worker has to: MKL's number and OpenMP's belong to the thread. There it stays 1, the thread being ours.
-        """
-        with self.lock:
-            if begins:
-                for pool in self.pools if self.calls == 0 else ():
-                    pool.allowed = pool.threads()
-                self.calls += 1
-                self.changes += 1
-            return [problem for pool in self.pools if (problem := pool.hold())]
-
-    def leave(self) -> None:
-        with self.lock:
-            try:
-                for pool in self.pools if self.calls == 1 else ():
-                    pool.restore()
-            finally:
-                self.changes += 1
-                self.calls -= 1
-
-    def reset(self) -> None:
-        """In a forked child, where no call is running."""
-        self.lock._at_fork_reinit()
-        for pool in self.pools:
-            pool.restore()
-        self.calls = 0
-
-
-class _BlasPool:
-    """The thread pool of one library. `before` is the number to restore, None while nothing is to be restored."""
-
-    def __init__(self, controller: Any) -> None:
-        self.controller = controller
-        self.api: str = controller.user_api
-        self.name = os.path.basename(controller.filepath)
-        self.is_scipys = os.path.realpath(controller.filepath).startswith(_SCIPY)
-        self.before: int | None = None
-        self.allowed: int | None = None
-        self.problem = ""
-        self.forks = 0
-
-    def threads(self) -> int | None:
-        number = self.controller.num_threads
-        return None if number is None else int(number)
-
-    def set(self, number: int) -> None:
-        if self.forks == _forks or not hasattr(os, "sched_setaffinity"):
-            self.controller.set_num_threads(number)
-            return
-        # OpenBLAS ends its threads before a fork and starts new ones in here, which inherit the CPUs of this thread.
-        cpus, self.forks = os.sched_getaffinity(0), _forks
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))  # the main thread's
-        try:
-            self.controller.set_num_threads(number)
-        finally:
-            os.sched_setaffinity(0, cpus)
-
-    def allowed_now(self, limit: _Limit) -> int:
-        # Lock-free: a call that began or ended in between shows in `changes`, one that runs all the while in `calls`.
-        changes, number = limit.changes, self.threads()
-        if number == 1 and (limit.calls or limit.changes != changes):
-            number = self.allowed
-        return number or 1
-
-    def hold(self) -> str:
-        number, free, self.problem = self.threads(), self.before is None, ""
-        if number == 1:
-            return ""
-        if free:
-            self.before = number  # before it is set: a fork must find it
-        self.set(1)
-        after = self.threads()
-        if after != 1:
-            owned = ": another thread has limited it" if hasattr(self.controller, "clear_controlling_thread") else ""
-            self.problem = f"{self.name} stays at {after} after it was set to 1{owned}"
-            self.before = None if free else self.before
-        return self.problem
-
-    def restore(self) -> None:
-        if self.before is not None:
-            # threadpoolctl >= 3.8 silently ignores every thread but the one that set the 1, which may be another one.
-            self.give_up(force=True)
-            if self.threads() == 1:
-                self.set(self.before)
-            self.give_up(force=True)  # else no other thread could ever set a limit
-            self.before = None
-
-    def give_up(self, force: bool) -> None:
-        if hasattr(self.controller, "clear_controlling_thread"):
-            self.controller.clear_controlling_thread(force=force)
 
 
 class _Call:
@@ -542,25 +412,19 @@ def _settle(call: _Call) -> None:
             continue
 
 
-_limit = _Limit()
+_limit = Limit()
 _pool = _Pool()
-_forks = 0
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
 
 
 def _after_fork() -> None:
     global _pool
     _pool = _Pool()
-    _count_fork()
+    count_fork()
     _limit.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_parent=_count_fork)
+    os.register_at_fork(after_in_parent=count_fork)
     # The lock is taken before, so that no other thread is inside threadpoolctl, which has a lock of its own that a
     # child would inherit locked. Methods of C, so that no interrupt can come between the lock and its release.
     os.register_at_fork(before=_limit.lock.acquire, after_in_parent=_limit.lock.release, after_in_child=_after_fork)

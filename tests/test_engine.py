@@ -20,6 +20,7 @@ from oracle import dtype_named, integers, same_bits
 
 import gemmconv
 from gemmconv import blas, plan_conv3d_transpose, threads
+from gemmconv.arguments import conv3d_transpose_problem
 from gemmconv.lowerings import (
     LOWERINGS,
     CannotLowerError,
@@ -40,7 +41,7 @@ from gemmconv.lowerings.columns import Columns
 from gemmconv.lowerings.phases import slots
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
-from gemmconv.problem import Axis, conv3d_transpose_problem, reachable
+from gemmconv.problem import Axis, reachable
 
 ORDERS = {
     "by_taps": by_taps.schedule,

@@ -23,7 +23,7 @@ import pytest
 import scipy.linalg.cython_blas
 import threadpoolctl
 
-from gemmconv import arrays, threads
+from gemmconv import arrays, limit, threads
 from gemmconv.lowerings.copies import is_finite
 from gemmconv.threads import get_workers, resolve_workers, run, set_workers
 
@@ -326,7 +326,7 @@ def loaded(monkeypatch):
     """Make gemmconv believe that these libraries are all there are, and that this reason bars any limit."""
 
     def load(*libraries, reason=""):
-        pools = [threads._BlasPool(library) for library in libraries]
+        pools = [limit.BlasPool(library) for library in libraries]
         monkeypatch.setattr(threads._limit, "loaded", True)
         monkeypatch.setattr(threads._limit, "pools", pools)
         monkeypatch.setattr(threads._limit, "never", reason)
@@ -392,22 +392,23 @@ def test_a_library_lost_while_the_call_runs_is_warned_of_after_it(loaded):
     ],
 )
 def test_pools_that_are_held(layer, built, held, never, monkeypatch):
-    limit, free = threads._Limit(), []
+    found, free = limit.Limit(), []
 
     class Controller:
         def __init__(self):
-            free.append(in_thread(lambda: limit.lock.acquire(blocking=False))())
+            free.append(in_thread(lambda: found.lock.acquire(blocking=False))())
             blas, openmp = FakeLibrary(2), FakeLibrary(2)
             blas.threading_layer, openmp.user_api = layer, "openmp"
             self.lib_controllers = [openmp] if layer is None else [openmp, blas]
 
-    monkeypatch.setattr(threads.threadpoolctl, "ThreadpoolController", Controller)
+    monkeypatch.setattr(threads, "_limit", found)
+    monkeypatch.setattr(limit.threadpoolctl, "ThreadpoolController", Controller)
     config = {"Build Dependencies": {"blas": {"name": built}}}
-    monkeypatch.setattr(threads.scipy, "show_config", lambda mode: config)
-    limit.load()
-    limit.load()
-    assert [pool.api for pool in limit.pools] == held
-    assert re.fullmatch(never, limit.never)
+    monkeypatch.setattr(limit.scipy, "show_config", lambda mode: config)
+    threads._load()
+    threads._load()
+    assert [pool.api for pool in found.pools] == held
+    assert re.fullmatch(never, found.never)
     assert free == [False]  # one search, and no fork during it
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from gemmconv import arrays, calls
+from gemmconv.arguments import check_bytes, integers
 from gemmconv.arrays import Array
-from gemmconv.problem import SPATIAL, Axis, Problem, check_bytes, extent, integers
+from gemmconv.problem import SPATIAL, Axis, Problem, extent
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from gemmconv.arguments import integer, one_of
 from gemmconv.compat._layer import Layer, Names, operands
-from gemmconv.problem import extent, integer, one_of
+from gemmconv.problem import extent
 
 __all__ = ["conv", "conv_transpose"]
 

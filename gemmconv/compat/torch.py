@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from gemmconv.arguments import integer, one_of
 from gemmconv.compat._layer import Layer, Names, operands
-from gemmconv.problem import extent, integer, one_of
+from gemmconv.problem import extent
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
