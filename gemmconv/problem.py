@@ -142,7 +142,7 @@ class Problem:
         shape: tuple[int, ...] = getattr(self, f"{role}_shape")
         return shape
 
-    @property
+    @cached_property
     def operand_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         first, second, _ = self.roles
         return self.shape_of(first), self.shape_of(second)

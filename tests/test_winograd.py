@@ -34,7 +34,7 @@ from gemmconv.lowerings import (
 from gemmconv.lowerings.base import Operands, Workspace
 from gemmconv.lowerings.phases import one_phase
 from gemmconv.machine import Machine
-from gemmconv.plan import make_plan
+from gemmconv.plan import Plan
 from gemmconv.problem import Axis, Problem
 
 MODULES = {"conv3d_transpose": winograd, "conv3d": winograd_conv}
@@ -93,8 +93,7 @@ def drawn_problem(rng, operation, dtype="float32", layout="NDHWC", biggest=2):
 
 
 def plan_of(problem, schedule, workers=2):
-    plan = make_plan.__wrapped__(problem, MACHINE, "auto", workers)
-    return dataclasses.replace(plan, schedule=schedule, algorithm="winograd")
+    return Plan(problem, MACHINE, "winograd", "winograd", workers, schedule)
 
 
 @pytest.mark.usefixtures("_small")

@@ -76,6 +76,13 @@ class Step(NamedTuple):
     moves: list[tuple[Index, int, Index]]  # of the columns, phase of W, of that phase
 
 
+class Landed(NamedTuple):
+    """With how many of an axis' positions its taps land in the output: the fewest, and the part of all."""
+
+    fewest: int
+    part: float
+
+
 @dataclass(frozen=True, slots=True)
 class ByTaps(AsItLies):
     """A schedule; see the module. `direct` says that columns are stored without an accumulator."""
@@ -83,6 +90,7 @@ class ByTaps(AsItLies):
     problem: Problem
     axes: tuple[Axis, Axis, Axis]
     phases: tuple[tuple[Phase, ...], tuple[Phase, ...], tuple[Phase, ...]]
+    landed: tuple[Landed, Landed, Landed]  # on each axis
     lanes: int
     joined: bool  # whether one GEMM takes all taps of W, not those of a tile or a single one
     direct: bool
@@ -152,7 +160,7 @@ class ByTaps(AsItLies):
         # The fewest rows of a product are a whole line, or what lands of one, unless lines are cut.
         fewest = self.axes[2].coarse if len(self.cuts[3]) == 1 else 1
         if self.gathers and fewest > 1:
-            fewest = min(_landing(self.axes[2], self.phases[2]), default=1)
+            fewest = self.landed[2].fewest
         taps = self.cuts[4].shortest, self.taps * self.channels
         if self.turned or never_packed(self.problem, (fewest, self.rows), taps, False, self.gathers):
             return LARGEST
@@ -207,16 +215,15 @@ class ByTaps(AsItLies):
     @property
     def _formed(self) -> float:
         """The part of the products of all rows that is formed: of hulls, those of the rows between are too."""
-        landed = [_landed(axis, of_axis) for axis, of_axis in zip(self.axes, self.phases, strict=True)]
         lines = 2 if self.joined else 3  # all taps of W take the same rows
-        return math.prod(landed[:lines] if self.gathers else landed[: min(2, self.whole_behind)])
+        return math.prod(of.part for of in self.landed[: lines if self.gathers else min(2, self.whole_behind)])
 
     @property
     def _gathers(self) -> int:
         """How often rows are gathered for a box of the output: not anew for the next tap if the same rows land."""
         kernels = [axis.kernel for axis in self.axes]
         kernels[2] //= self.taps
-        cut = [i for i, of in enumerate(self.axes) if _landed(of, self.phases[i]) < 1]
+        cut = [i for i, of in enumerate(self.landed) if of.part < 1]
         return math.prod(kernels[: max(cut, default=-1) + 1])
 
     @property
@@ -372,6 +379,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     d, h, w = axes
     tiled = tileable(w)
     found = (phases(d), phases(h), tiles(w) if tiled else phases(w))
+    landed = _landed(d, found[0]), _landed(h, found[1]), _landed(w, found[2])
     lanes = w.stride if tiled else 1
     counts = (-(-d.fine // d.stride), -(-h.fine // h.stride), found[2][0].count if tiled else -(-w.fine // w.stride))
     widens = must_widen(problem)
@@ -402,7 +410,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
             depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
         cut = (*cuts, Cut(problem.cout, channels))
         how = widens, depth, turned, gathers
-        return ByTaps(problem, axes, found, lanes, joined, direct, gaps, cut, tuple(groups), most, *how)
+        return ByTaps(problem, axes, found, landed, lanes, joined, direct, gaps, cut, tuple(groups), most, *how)
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
@@ -417,21 +425,15 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
         turned = ((*shape, tile_columns(Cut(problem.cout, shape[0]), problem.cin)) for shape in shapes)
         ways += [way for way in turned if way[2]]
     # For products of lines: rows with channels first are turned as they are gathered, others begin with cache lines.
-    may_gather = not widens and (unpacked(problem) or problem.layout == "NCDHW" or min(map(_landed, axes, found)) < 1)
+    may_gather = not widens and (unpacked(problem) or problem.layout == "NCDHW" or min(of.part for of in landed) < 1)
     gathers = (False, True) if may_gather else (False,)
     return best([candidate(r, *way, g) for r in rows for way in ways for g in gathers], machine)
 
 
-def _landing(axis: Axis, of_axis: Sequence[Phase]) -> list[int]:
-    """Return for each tap of an axis that lands in the output with how many positions it does."""
+def _landed(axis: Axis, of_axis: Sequence[Phase]) -> Landed:
     every = [landing(axis, phase, shift, (0, phase.count)) for phase in of_axis for _, shift in phase.taps]
-    return [stop - start for start, stop in every]
-
-
-def _landed(axis: Axis, of_axis: Sequence[Phase]) -> float:
-    """Return the part of an axis' rows, of all such taps, that land in the output."""
-    found = _landing(axis, of_axis)
-    return sum(found) / max(1, axis.coarse * len(found))
+    found = [stop - start for start, stop in every]
+    return Landed(min(found, default=1), sum(found) / max(1, axis.coarse * len(found)))
 
 
 def largest_hull(chunk: Sequence[int], whole: tuple[int, int, int, int]) -> int:

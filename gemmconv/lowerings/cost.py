@@ -250,8 +250,9 @@ def best(schedules: Sequence[S], machine: Machine) -> S:
 
     Only those whose workspace is within `_MOST_WORKSPACE` of the L2 cache are considered, where there are any.
     """
-    limit = max(most_workspace_bytes(machine), min(s.workspace_bytes for s in schedules))
-    possible = [s for s in schedules if s.workspace_bytes <= limit]
+    taken = [s.workspace_bytes for s in schedules]
+    limit = max(most_workspace_bytes(machine), min(taken))
+    possible = [s for s, n in zip(schedules, taken, strict=True) if n <= limit]
     return min(possible, key=lambda s: total_s(s, machine))
 
 

@@ -10,6 +10,7 @@ depend on the workers.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -20,7 +21,7 @@ from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, addres
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit
 from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, unpacked_s
-from gemmconv.lowerings.im2col import columns_run, orders, row_cuts, strided, tap_boxes
+from gemmconv.lowerings.im2col import columns_run, orders, row_cuts, sizes_of, strided, tap_boxes
 from gemmconv.lowerings.products import LARGEST, multiply, parts_values, unpacked
 from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, phases_apart, rearranges, workspace_bytes
 from gemmconv.machine import Machine
@@ -81,7 +82,7 @@ class Gradient(AsItLies):
     @property
     def deep(self) -> int:
         """The most taps of a block."""
-        return max(math.prod(stop - start for start, stop in box) for box in self.taps)
+        return max(sizes.taps for sizes in sizes_of(self.taps))
 
     @property
     def widens(self) -> bool:
@@ -90,7 +91,7 @@ class Gradient(AsItLies):
 
     @property
     def largest_product(self) -> int:
-        taps = min(math.prod(stop - start for start, stop in box) for box in self.taps)
+        taps = min(sizes.taps for sizes in sizes_of(self.taps))
         if min(taps * self.problem.cout, self.channels.shortest) > 1 and self.unpacked:
             return LARGEST
         return self.rows * self.channels.longest * self.deep * self.problem.cout
@@ -126,12 +127,11 @@ class Gradient(AsItLies):
         # Each box of taps reads the coarse array.
         far = math.prod(problem.coarse_shape) * problem.compute_dtype.itemsize > machine.l2_bytes
         total, moved = 0.0, rearranges(problem, w, self.tap_major)
-        for box in self.taps:
-            many = [stop - start for start, stop in box]
-            k = math.prod(many) * problem.cout
+        for many, taps, boxes in sizes_of(self.taps):
+            k = taps * problem.cout
             each = copy_s(
                 rows * k,
-                columns_run(problem, w, box[2], self.tap_major),
+                columns_run(problem, w, many[2], self.tap_major),
                 spilled=not self.grid,
                 strided=strided(w, self.tap_major, self.grid),
             )
@@ -143,7 +143,7 @@ class Gradient(AsItLies):
             if self.grid:
                 positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)
                 each += copy_s(positions * problem.cout, w.fine, spilled=True, strided=moved)
-            total += runs * each
+            total += boxes * runs * each
         added = self.shares * math.prod(problem.filter_shape) if self.shares > 1 else 0
         return total * len(self.channels) + copy_s(2 * added, problem.cin, spilled=True)
 
@@ -220,29 +220,30 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
     every = problem.batch * math.prod(problem.coarse)
     kernel = math.prod(problem.kernel)
 
-    def candidate(rows: int, taps: int, parts: int, tap_major: bool, small: bool, shares: int) -> Gradient:
+    def made(rows: int, taps: int, tap_major: bool) -> Iterator[Gradient]:
         cuts = row_cuts(problem, axes, rows)
         boxes = tap_boxes(axes, taps)
         longest = [cut.longest for cut in cuts]
         grid, apart = 0, phases_apart(axes[2], tap_major)
-        for box in boxes:
-            values = longest[0] * grid_values(axes, longest[1:], [b - a for a, b in box], apart) * problem.cout
+        for sizes in sizes_of(boxes):
+            values = longest[0] * grid_values(axes, longest[1:], sizes.sizes, apart) * problem.cout
             grid = max(grid, values if values <= most else 0)
-        channels = Cut(problem.cin, -(-problem.cin // parts))
-        shares = min(shares, math.prod(map(len, cuts)))
-        return Gradient(problem, axes, cuts, channels, boxes, grid, tap_major, small, shares)
+        of_rows = sorted({min(n, math.prod(map(len, cuts))) for n in most_shares})
+        for n, small, shares in product(parts, ways, of_rows):
+            channels = Cut(problem.cin, -(-problem.cin // n))
+            yield Gradient(problem, axes, cuts, channels, boxes, grid, tap_major, small, shares)
 
     formed = math.prod(problem.filter_shape) * item
     in_place = problem.dtype.kind == "f" and not must_widen(problem)
-    of_rows = [n for n in _SHARES if n == 1 or (in_place and n * formed <= _MOST_SHARED)]
+    most_shares = [n for n in _SHARES if n == 1 or (in_place and n * formed <= _MOST_SHARED)]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     # With channels first BLAS has no good kernel for the operands of small products.
     ways = [False, True] if problem.layout == "NDHWC" and unpacked(problem) else [False]
-    every_way = list(product(parts, orders(problem, axes[2]), ways, of_rows))
-    found = []
+    found: list[Gradient] = []
     for rows in sorted({min(n, every) for n in _ROWS}):
         most_taps = max(1, columns // (rows * problem.cout))
         wanted = {kernel, axes[1].kernel * axes[2].kernel, axes[2].kernel, 1}
         of_taps = {n for n in wanted if n <= most_taps and kernel <= n * _MOST_BOXES} or {min(kernel, most_taps)}
-        found += [candidate(rows, taps, *way) for taps in sorted(of_taps) for way in every_way]
+        for taps, tap_major in product(sorted(of_taps), orders(problem, axes[2])):
+            found += made(rows, taps, tap_major)
     return best(found, machine)

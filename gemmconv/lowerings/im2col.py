@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, product
 from typing import NamedTuple
 
@@ -116,7 +118,7 @@ class Im2Col(Usual):
     @property
     def deep(self) -> int:
         """The most taps of a GEMM."""
-        return max(math.prod(stop - start for start, stop in box) for box in self.taps)
+        return max(sizes.taps for sizes in sizes_of(self.taps))
 
     def _share(self, index: int) -> tuple[Taps, ...]:
         """Return the boxes of taps of a share: as many taps as in the others, if boxes allow."""
@@ -152,7 +154,7 @@ class Im2Col(Usual):
         if not self.unpacked:
             return 0
         item = self.problem.compute_dtype.itemsize
-        deep = {math.prod(stop - start for start, stop in box) * self.problem.cout for box in self.taps}
+        deep = [sizes.taps * self.problem.cout for sizes in sizes_of(self.taps)]
         return max(parts_values(*self._sizes, k, item, len(self.taps) > 1, self.tiles) for k in deep)
 
     @property
@@ -207,27 +209,28 @@ class Im2Col(Usual):
         streamed = math.prod(problem.filter_shape) * item > machine.l2_bytes
         total = 0.0
         # The largest share, as often as there are shares.
-        for box in max((self._share(i) for i in range(self.shares)), key=_many) * self.shares:
-            taps = math.prod(stop - start for start, stop in box)
-            values = rows * taps * problem.cout
+        share = self.taps if self.shares == 1 else max((self._share(i) for i in range(self.shares)), key=_many)
+        for (*_, width), taps, boxes in sizes_of(share):
+            each, values = 0.0, rows * taps * problem.cout
             if self.grid or not self.padded:
-                run = columns_run(problem, w, box[2], self.tap_major)
-                total += copy_s(values, run, spilled=not self.grid, strided=strided(w, self.tap_major, self.grid))
+                run = columns_run(problem, w, width, self.tap_major)
+                each += copy_s(values, run, spilled=not self.grid, strided=strided(w, self.tap_major, self.grid))
             else:  # tap by tap, after zeros
-                run = columns_run(problem, w, (0, 1), self.tap_major)
-                each = copy_s(values, run, steps=4 * taps, spilled=True, strided=strided(w, self.tap_major))
-                total += each + copy_s(values, values)
+                run = columns_run(problem, w, 1, self.tap_major)
+                each += copy_s(values, run, steps=4 * taps, spilled=True, strided=strided(w, self.tap_major))
+                each += copy_s(values, values)
             k = taps * problem.cout
             if min(rows, n) > 1 and self.unpacked:
                 parts = parts_of(*self._sizes, k, item, len(self.taps) > 1, self.tiles)
                 lies = problem.layout == "NDHWC" and not self.tiles
-                total += unpacked_s(rows, n, k, parts, apart=problem.pitch if lies else 0)
+                each += unpacked_s(rows, n, k, parts, apart=problem.pitch if lies else 0)
                 if values * item > machine.l2_bytes * _SPILLED_SHARE:
-                    total += values * SPILLED_VALUE_S
+                    each += values * SPILLED_VALUE_S
             else:
-                total += gemm_s(rows, n, k, spilled=rows * n * item > machine.l2_bytes * _SPILLED_SHARE)
+                each += gemm_s(rows, n, k, spilled=rows * n * item > machine.l2_bytes * _SPILLED_SHARE)
             if streamed and (cut or rows > 1):
-                total += streamed_s(n * k, n if cut else math.inf)
+                each += streamed_s(n * k, n if cut else math.inf)
+            total += self.shares * boxes * each
         if self.padded or rearranges(problem, w, self.tap_major):
             total += self.shares * copy_s(
                 self.grid, w.fine, spilled=True, strided=rearranges(problem, w, self.tap_major)
@@ -334,9 +337,9 @@ def _is_direct(problem: Problem) -> bool:
     return plain and not short and not too_far(problem)
 
 
-def columns_run(problem: Problem, w: Axis, taps: Range, tap_major: bool) -> float:
-    """Return the length of inner loops when columns are copied."""
-    return w.coarse if tap_major else problem.cout * (taps[1] - taps[0] if w.dilation == 1 else 1)
+def columns_run(problem: Problem, w: Axis, taps: int, tap_major: bool) -> float:
+    """Return the length of inner loops when columns of so many taps along width are copied."""
+    return w.coarse if tap_major else problem.cout * (taps if w.dilation == 1 else 1)
 
 
 def strided(w: Axis, tap_major: bool, grid: int = 0) -> bool:
@@ -348,7 +351,7 @@ def orders(problem: Problem, w: Axis) -> list[bool]:
     """Return whether columns are weighed that lie [tap, channel, row], or [row, tap, channel], or both."""
     if problem.layout == "NCDHW":
         return [True]
-    return [False, True] if columns_run(problem, w, (0, w.kernel), False) <= _SHORT else [False]
+    return [False, True] if columns_run(problem, w, w.kernel, False) <= _SHORT else [False]
 
 
 def row_cuts(problem: Problem, axes: Sequence[Axis], rows: int) -> tuple[Cut, Cut, Cut, Cut]:
@@ -365,6 +368,21 @@ def tap_boxes(axes: Sequence[Axis], most: int) -> tuple[Taps, ...]:
     """Cut the taps in boxes of at most `most` whose rows of the filter follow each other."""
     d, h, w = (axis.kernel for axis in axes)
     return tuple(groups(((0, d), (0, h), (0, w)), most))
+
+
+class Sizes(NamedTuple):
+    """The sizes of a box of taps, how many these are, and how many boxes have these sizes."""
+
+    sizes: tuple[int, ...]
+    taps: int
+    boxes: int
+
+
+@lru_cache(maxsize=256)
+def sizes_of(boxes: tuple[Taps, ...]) -> list[Sizes]:
+    """Return the sizes of boxes of taps."""
+    found = Counter(tuple(stop - start for start, stop in box) for box in boxes)
+    return [Sizes(sizes, math.prod(sizes), many) for sizes, many in found.items()]
 
 
 def schedule(problem: Problem, machine: Machine) -> Im2Col:

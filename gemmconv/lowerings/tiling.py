@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, product
 from typing import Any, NamedTuple, TypeVar
 
@@ -153,7 +154,7 @@ class Tiling(Usual, ABC):
     def packed_shapes(self) -> list[tuple[int, ...]]:
         """The shapes of the parts of the packed filter, one after the other."""
 
-    @property
+    @cached_property
     def packed_values(self) -> int:
         return sum(map(math.prod, self.packed_shapes))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations, groupby, product
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ class Views(NamedTuple):
     stages: list[Stage]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Winograd(Tiling):
     """A schedule; see the module.
 
@@ -276,7 +276,7 @@ class Winograd(Tiling):
                 mine.write(next(stores), stage.stored)
                 workspace.mark("store")
 
-    @property
+    @cached_property
     def _pairs(self) -> list[list[Pair]]:
         """The pairs of lines, those of the same slots together: the first of them has the most points."""
         pairs = [Pair(number, lines) for number, lines in enumerate(product(self.lines[0], self.lines[1]))]

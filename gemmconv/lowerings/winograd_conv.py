@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, groupby, product
 from typing import Any, NamedTuple
 
@@ -52,24 +53,26 @@ _CELL_S = 2e-9
 Lines = tuple[Line, ...]
 
 
-class Family(NamedTuple):
-    """The phases of each axis that as many taps reach."""
-
+class _Axes(NamedTuple):
     u: Lines
     v: Lines
     a: Lines
     b: Lines
 
-    @property
+
+class Family(_Axes):
+    """The phases of each axis that as many taps reach."""
+
+    @cached_property
     def size(self) -> int:
         """How many phases lie side by side."""
         return math.prod(map(len, self))
 
-    @property
+    @cached_property
     def points(self) -> tuple[int, int]:
         return self.a[0].points, self.b[0].points
 
-    @property
+    @cached_property
     def taps(self) -> tuple[int, int]:
         """Taps of the axes that are not filtered."""
         return len(self.u[0].taps), len(self.v[0].taps)
@@ -131,7 +134,7 @@ class Views(NamedTuple):
     stored: list[Array]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WinogradConv(Tiling):
     """A schedule; see the module, and Winograd for the four axes."""
 
@@ -140,6 +143,8 @@ class WinogradConv(Tiling):
     axes: tuple[Axis, Axis, Axis, Axis]  # as they are read: the fine positions of one phase, if taps reach no other
     read: tuple[range, range, range, range]  # those positions
     families: tuple[Family, ...]  # the first has the most points
+    first: tuple[int, ...]  # the fine positions where the box of the first block begins
+    behind: tuple[tuple[int, ...], ...]  # of each family, how far behind these its last rows begin
     cuts: tuple[Cut, Cut, Cut, Cut, Cut]  # of positions, of tiles and of the channels
     columns: int
 
@@ -169,7 +174,7 @@ class WinogradConv(Tiling):
     def _packed_apart(self) -> tuple[int, int]:
         return self.problem.cout, 1
 
-    @property
+    @cached_property
     def workspace_bytes(self) -> int:
         sizes = [cut.longest for cut in self.cuts]
         values = self._memory([self._shapes(family, sizes) for family in self.families], self.sums(sizes))
@@ -212,20 +217,13 @@ class WinogradConv(Tiling):
             (p_a, p_b, *rows, n_a, n_b, values) if r_b > 1 else (0,),
         ]
 
-    @property
-    def _first(self) -> list[int]:
-        """The fine positions where the box of the first block begins."""
-        of_axes = [{line for family in self.families for line in family[i]} for i in range(4)]
-        return [min(_start(axis, line) for line in lines) for axis, lines in zip(self.axes, of_axes, strict=True)]
-
     def _box(self, shapes: Any) -> Any:
         """Return how many fine positions cells of such shapes hold, of all families."""
-        found, begins = [0] * 4, self._first
-        for family, (cells, *_) in zip(self.families, shapes, strict=True):
-            for i, (axis, lines, first) in enumerate(zip(self.axes, family, begins, strict=True)):
+        found = [0] * 4
+        for family, behind, (cells, *_) in zip(self.families, self.behind, shapes, strict=True):
+            for i, (axis, lines, last) in enumerate(zip(self.axes, family, behind, strict=True)):
                 rows = cells[2 + i] * lines[0].results
-                last = max(_start(axis, line) for line in lines)
-                found[i] = max(found[i], last - first + axis.stride * (rows - 1) + 1)
+                found[i] = max(found[i], last + axis.stride * (rows - 1) + 1)
         return tuple(found)
 
     @property
@@ -238,7 +236,7 @@ class WinogradConv(Tiling):
         strided = problem.layout == "NCDHW"
         sizes = [cut.size / len(cut) for cut in self.cuts]
         sums = math.prod(self.sums(sizes)[2:])
-        total, steps = self.filled_s(sizes), 6
+        total, steps = self.filled_s(), 6
         for number, family in enumerate(self.families):
             points, taps, k = math.prod(family.points), math.prod(family.taps), family.size * problem.cout
             lines = sizes[0] if family.taps[1] > 1 else 1
@@ -251,13 +249,18 @@ class WinogradConv(Tiling):
         taps_s = combined_taps_s(problem, self.packed_values, turned=False)
         return self.count * (total + steps * step_s(short=True)) + taps_s
 
-    def filled_s(self, sizes: Sequence[float]) -> float:
-        """Return the time to fill and combine the rows of a block of such sizes."""
-        cout = self.problem.cout
-        box = math.prod(self._box([self._shapes(family, sizes) for family in self.families])) * cout
+    @cached_property
+    def _mean(self) -> tuple[int, list[Any]]:
+        """Values of the box and shapes of a block of mean size."""
+        sizes = [cut.size / len(cut) for cut in self.cuts]
+        shapes = [self._shapes(family, sizes) for family in self.families]
+        return math.prod(self._box(shapes)) * self.problem.cout, shapes
+
+    def filled_s(self) -> float:
+        """Return the time to fill and combine the rows of a block of mean size."""
+        cout, (box, shapes) = self.problem.cout, self._mean
         total = copy_s(box, box, steps=0, spilled=True, strided=self.problem.layout == "NCDHW")
-        for family in self.families:
-            cells, along_a, rows = self._shapes(family, sizes)
+        for family, (cells, along_a, rows) in zip(self.families, shapes, strict=True):
             total += (sum(family.points) + 1) * step_s(short=True)
             total += copy_s(math.prod(cells), cout, steps=0, spilled=True) + math.prod(cells) / cout * _CELL_S
             for shape, run in ((along_a, math.prod(along_a[5:])), (rows, math.prod(rows[5:]))):
@@ -366,7 +369,7 @@ class WinogradConv(Tiling):
         cells = cells.reshape(*shape, *map(len, family), cout)
         starts = (
             [_start(axis, line) - first for line in lines]
-            for axis, lines, first in zip(self.axes, family, self._first, strict=True)
+            for axis, lines, first in zip(self.axes, family, self.first, strict=True)
         )
         at = [0 if size == 1 else step for size, step in zip(shape, at, strict=True)]  # however large a stride is
         for runs in product(*map(_even_runs, starts)):
@@ -382,7 +385,7 @@ class WinogradConv(Tiling):
         shapes = [self._shapes(family, sizes) for family in self.families]
         box = self._box(shapes)
         inside, source = [], []
-        of_axes = zip(self.axes, self.read, self._first, self.units, box, block[:4], strict=True)
+        of_axes = zip(self.axes, self.read, self.first, self.units, box, block[:4], strict=True)
         for axis, read, first, unit, size, (start, _) in of_axes:
             origin = first + axis.stride * unit * start
             begins, ends = max(0, origin), max(0, origin, min(axis.fine, origin + size))
@@ -453,15 +456,20 @@ def candidates(problem: Problem) -> list[WinogradConv]:
         families = tuple(Family(*lines) for lines in product(*every))
         if not families:
             continue
-        u, v, a, b = (axes[i] for i in order)
+        u, v, a, b = in_order = tuple(axes[i] for i in order)
         of_u, of_v, of_a, of_b = (read[i] for i in order)
+        starts = [
+            [[_start(axis, line) for line in lines] for axis, lines in zip(in_order, family, strict=True)]
+            for family in families
+        ]
+        first = tuple(min(map(min, of_axis)) for of_axis in zip(*starts, strict=True))
+        behind = tuple(tuple(max(at) - n for at, n in zip(each, first, strict=True)) for each in starts)
+        fixed = problem, along, (u, v, a, b), (of_u, of_v, of_a, of_b), families, first, behind
         deepest = max(family.size for family in families) * problem.cout
         channels = channel_cuts(problem, problem.cin, deepest)
         steps = (1, 1, tile_size(families[0].a[0]), tile_size(families[0].b[0]))
         for cuts, (cut, columns) in product(cuts_of([axis.coarse for axis in (u, v, a, b)], steps), channels):
-            found.append(
-                WinogradConv(problem, along, (u, v, a, b), (of_u, of_v, of_a, of_b), families, (*cuts, cut), columns)
-            )
+            found.append(WinogradConv(*fixed, (*cuts, cut), columns))
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -35,7 +36,7 @@ _SHARES, _MOST_SHARED = (1, 2, 4, 8), 1 << 22
 _FEWEST_ROWS, _MOST_ROWS = 64, 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WinogradGradient(AsItLies):
     """A schedule; see the module. `filter` of the operands is the coarse array."""
 
@@ -59,7 +60,7 @@ class WinogradGradient(AsItLies):
     def digits(self) -> list[list[Bounds]]:
         return [[()] * self.shares, digit(4, [(0, self.problem.cin)])]
 
-    @property
+    @cached_property
     def sums_shapes(self) -> list[tuple[int, ...]]:
         """Of each family: [point's filter, point's filter, tap, tap, phase and fine channel, coarse channel]."""
         problem = self.problem
@@ -111,7 +112,7 @@ class WinogradGradient(AsItLies):
         sums = of.sums(sizes)
         coarse = math.prod(sums)
         rows = math.prod(sums[2:6])
-        total = of.filled_s(sizes) + pass_s(coarse, coarse) + 6 * step_s(short=True)
+        total = of.filled_s() + pass_s(coarse, coarse) + 6 * step_s(short=True)
         for family, (*_, k, n) in zip(of.families, self.sums_shapes, strict=True):
             points, taps = math.prod(family.points), math.prod(family.taps)
             lines = sizes[0] if family.taps[1] > 1 else 1
