@@ -8,6 +8,7 @@ block's border are taken with just the taps that land inside, so no product is f
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -356,8 +357,9 @@ def sample(axis: Axis, slots: Slots, cut: Cut) -> list[Sampled]:
     """Return the steps of a few neighbouring intervals, as many as phases, in the middle of an axis."""
     few = min(len(cut), axis.stride)
     start = (len(cut) - few) // 2
-    found = [step for i in range(start, start + few) for step in axis_steps(axis, slots.span(axis, cut[i]))]
-    return [Sampled(s.rows[1] - s.rows[0], s.taps[1] - s.taps[0], len(cut) / few) for s in found]
+    found = (step for i in range(start, start + few) for step in axis_steps(axis, slots.span(axis, cut[i])))
+    alike = Counter((s.rows[1] - s.rows[0], s.taps[1] - s.taps[0]) for s in found)
+    return [Sampled(rows, taps, many * len(cut) / few) for (rows, taps), many in alike.items()]
 
 
 def groups(taps: tuple[Range, Range, Range], most: int) -> Iterator[tuple[Range, Range, Range]]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -391,7 +392,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
     pairs = [(i, j) for i in range(len(found[0])) for j in range(len(found[1]))]
     pairs.sort(key=lambda pair: -len(found[0][pair[0]].taps) * len(found[1][pair[1]].taps))
 
-    def candidate(rows: int, channels: int, joined: bool, turned: int, gathers: bool) -> ByTaps:
+    def made(rows: int) -> Iterator[ByTaps]:
         batch = 1 if problem.layout == "NCDHW" else max(1, rows // math.prod(counts))
         chunks = (max(1, rows // (counts[1] * counts[2])), max(1, rows // counts[2]), rows)
         cuts = [
@@ -404,13 +405,14 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
         if len(cuts[3]) == 1:  # hulls hold whole lines then, even where fewer positions land
             chunk[3] = w.coarse
         most = largest_hull(chunk, (problem.batch, d.coarse, h.coarse, w.coarse))
-        depth = problem.cin
-        if widens:
-            share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
-            depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
-        cut = (*cuts, Cut(problem.cout, channels))
-        how = widens, depth, turned, gathers
-        return ByTaps(problem, axes, found, landed, lanes, joined, direct, gaps, cut, tuple(groups), most, *how)
+        for (channels, joined, turned), gathers in product(ways, (False, True) if may_gather else (False,)):
+            depth = problem.cin
+            if widens:
+                share = int(machine.l2_bytes * _PACK_SHARE) // problem.compute_dtype.itemsize
+                depth = min(depth, max(1, share // max(most, (w.kernel if joined else lanes) * channels)))
+            cut = (*cuts, Cut(problem.cout, channels))
+            how = widens, depth, turned, gathers
+            yield ByTaps(problem, axes, found, landed, lanes, joined, direct, gaps, cut, tuple(groups), most, *how)
 
     positions = problem.batch * math.prod(counts)
     rows = [positions] + [2**i for i in range(4, 13) if 2**i < positions]
@@ -426,8 +428,7 @@ def schedule(problem: Problem, machine: Machine) -> ByTaps:
         ways += [way for way in turned if way[2]]
     # For products of lines: rows with channels first are turned as they are gathered, others begin with cache lines.
     may_gather = not widens and (unpacked(problem) or problem.layout == "NCDHW" or min(of.part for of in landed) < 1)
-    gathers = (False, True) if may_gather else (False,)
-    return best([candidate(r, *way, g) for r in rows for way in ways for g in gathers], machine)
+    return best([one for n in rows for one in made(n)], machine)
 
 
 def _landed(axis: Axis, of_axis: Sequence[Phase]) -> Landed:
