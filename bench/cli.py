@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -98,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     chunks.add_argument("--json", type=Path, metavar="OUT")
     chunks.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     chunks.set_defaults(run=run_chunks)
-    latency = commands.add_parser("latency", help="measure a tiny call of gemmconv")
+    latency = commands.add_parser("latency", help="measure a tiny call of gemmconv, and the making of plans")
     latency.add_argument("--keep-env", action="store_true", help="keep OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE")
     latency.set_defaults(run=run_latency, timeout=60.0)
     imports = commands.add_parser("import", help="measure the import of gemmconv against that of what it needs")
@@ -317,7 +318,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 
 def run_latency(args: argparse.Namespace) -> int:
-    """Print how long a tiny call takes."""
+    """Print how long a tiny call takes, and plans to be made."""
     from bench import startup
     from bench.process import Process
 
@@ -326,7 +327,10 @@ def run_latency(args: argparse.Namespace) -> int:
     if answer["status"] != "ok":
         raise Refused(answer["detail"])
     for name, seconds in answer["seconds"].items():
-        print(f"{name:<20}{seconds * 1e6:8.1f} us, median of {startup.CALLS}")
+        print(f"{name:<24}{seconds * 1e6:8.1f} us, median of {startup.CALLS}")
+    for name, of_layers in answer["planning"].items():
+        mean_ms, most_ms = statistics.fmean(of_layers) * 1e3, max(of_layers) * 1e3
+        print(f"{name:<24}{mean_ms:8.1f} ms to plan a layer, mean of {len(of_layers)} of models; {most_ms:.1f} at most")
     return FINE
 
 

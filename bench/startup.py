@@ -1,4 +1,4 @@
-"""Two small measurements: how long a tiny call takes, and how long the import does."""
+"""Small measurements: how long a tiny call takes, how long plans take to be made, and how long the import does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from bench.process import ROOT, environment
 
@@ -37,6 +38,28 @@ def latency() -> dict[str, float]:
             call()
             seconds.append(time.perf_counter() - start)
         found[name] = statistics.median(seconds)
+    return found
+
+
+def planning() -> dict[str, list[float]]:
+    """Seconds to make the plan of each layer of the models suite anew, by operation, in this process."""
+    import gemmconv
+    from bench.layers import CONV, FILTER_GRADIENT, TRANSPOSE, suite
+
+    found: dict[str, list[float]] = {op: [] for op in (TRANSPOSE, CONV, FILTER_GRADIENT)}
+    for op, seconds in found.items():
+        for layer in suite("models", op):
+            coarse, fine, filter = (layer.shape(role) for role in ("coarse", "fine", "filter"))
+            options: dict[str, Any] = {"strides": layer.strides, "padding": layer.padding, "dilations": layer.dilations}
+            gemmconv.clear_cache()
+            start = time.perf_counter()
+            if op == TRANSPOSE:
+                gemmconv.plan_conv3d_transpose(coarse, filter, fine, **options)
+            elif op == CONV:
+                gemmconv.plan_conv3d(fine, filter, **options)
+            else:
+                gemmconv.plan_conv3d_backprop_filter_v2(fine, filter, coarse, **options)
+            seconds.append(time.perf_counter() - start)
     return found
 
 

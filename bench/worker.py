@@ -135,10 +135,10 @@ class Worker:
         return {"constants": measure(seconds, threads)}
 
     def latency(self) -> Answer:
-        """Measure a tiny call."""
-        from bench.startup import latency
+        """Measure a tiny call, and how long plans take to be made."""
+        from bench.startup import latency, planning
 
-        return {"seconds": latency()}
+        return {"seconds": latency(), "planning": planning()}
 
     def config(self) -> Answer:
         """What gemmconv finds of the machine and of the libraries."""

@@ -411,8 +411,12 @@ def test_calibrate():
 
 
 def test_latency_and_import():
-    """Two medians each, and a ratio; the variables are removed."""
-    assert len(re.findall(r"[\d.]+ us, median of 1000", bench("latency"))) == 2
+    """Two medians each, and a ratio; how long plans take, for each operation; the variables are removed."""
+    said = bench("latency")
+    assert len(re.findall(r"[\d.]+ us, median of 1000", said)) == 2
+    plans = re.findall(r"^(\w+) +([\d.]+) ms to plan a layer, mean of 20 of models; ([\d.]+) at most$", said, re.M)
+    assert [name for name, *_ in plans] == ["conv3d_transpose", "conv3d", "conv3d_backprop_filter"]
+    assert all(0 < float(mean) < float(most) for _, mean, most in plans)
     assert re.search(r"^ratio \d\.\d\d$", bench("import", "--rounds", "1"), re.M)
 
 
