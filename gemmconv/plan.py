@@ -30,6 +30,8 @@ from gemmconv.running import Packed, Progress
 # Names that `algorithm` takes, by operation.
 ALGORITHMS = {operation: ("auto", *found) for operation, found in LOWERINGS.items()}
 
+# Plans that are kept: more than a network has layers, times three to train it.
+_MOST_PLANS = 256
 # Another worker is worth waking for this much work, about 0.1 ms.
 _WORKER_FLOPS = 8_000_000
 _WORKER_BYTES = 1_000_000
@@ -497,7 +499,7 @@ def _by(numbers: Any) -> str:
     return "x".join(map(str, numbers))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_MOST_PLANS)
 def make_plan(problem: Problem, machine: Machine, algorithm: str, workers: int) -> Plan:
     """Return the plan for a problem; `algorithm` is 'auto' or the name of a lowering."""
     if problem.empty:
