@@ -58,11 +58,11 @@ _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
 # One of lines that are turned, channels last to channels first or back, each inner loop, and what a value costs more
-# where others in its cache line are not used, or the next position's are elsewhere.
+# where others in its cache line are not used.
 _TURNED_LINE_VALUE_S, _TURNED_RUN_S, _ALONE_VALUE_S, _LINE_VALUES = 0.35e-9, 2.8e-9, 0.1e-9, 32
-_APART_VALUE_S = 2e-9
-# What a value costs more that is stored apart from the next in a line of a result that leaves the cache.
-APART_LINE_VALUE_S = 0.6e-9
+# What a value costs more that is stored apart from the next position's, and goes to memory. Of a result that takes so
+# much of the last cache nothing goes there before the next call stores it again; that takes so much, all of it.
+_APART_VALUE_S, _KEPT_SHARE, _LOST_SHARE = 1.5e-9, 1 / 8, 5 / 8
 # A value of an operand that is looked at for Inf and NaN, before the blocks and by one worker.
 _LOOKED_AT_VALUE_S = 0.15e-9
 # A value of a filter that is turned, before the blocks; large filters by all workers.
@@ -219,14 +219,17 @@ def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, 
     return steps * _pass_step_s() + values * (each + spilled * SPILLED_VALUE_S)
 
 
-def turned_s(values: float, run: float, beside: float, *, apart: bool = False) -> float:
-    """Return the time to turn lines of values, `beside` channels of a position, in inner loops of `run` values.
-
-    With `apart` positions are not beside each other.
-    """
+def turned_s(values: float, run: float, beside: float) -> float:
+    """Return the time to turn lines of values, `beside` channels of a position, in inner loops of `run` values."""
     alone = _ALONE_VALUE_S * _LINE_VALUES / beside if beside < _LINE_VALUES else 0.0
-    alone += _APART_VALUE_S * apart
     return _pass_step_s() + values * (_TURNED_LINE_VALUE_S + _TURNED_RUN_S / max(1, run) + alone)
+
+
+def apart_s(problem: Problem, machine: Machine) -> float:
+    """Return what a value of a transposed convolution's result costs more, stored apart from the next position's."""
+    kept, lost = _KEPT_SHARE * machine.l3_bytes, _LOST_SHARE * machine.l3_bytes
+    size = math.prod(problem.fine_shape) * problem.dtype.itemsize
+    return _APART_VALUE_S * min(1.0, max(0.0, (size - kept) / (lost - kept)))
 
 
 def packing_s(problem: Problem, time_s: float) -> float:

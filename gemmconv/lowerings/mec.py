@@ -29,8 +29,8 @@ from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Wo
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, evenly, located
 from gemmconv.lowerings.copies import copy, store
 from gemmconv.lowerings.cost import (
-    APART_LINE_VALUE_S,
     SMALLEST_BUFFER,
+    apart_s,
     best_that_fits,
     cleared_s,
     copy_s,
@@ -54,9 +54,8 @@ _VECTOR, _MOST = 16, 512
 _MOST_PHASES = 64
 # Values of a line that are turned in one inner loop, at most, as the cost model sees it.
 FEW = 8
-# Of the L2 cache: workspace, and a result, that count as in cache.
+# Of the L2 cache: a workspace that counts as in cache.
 _L2_SHARE = 1.5
-_RESULT_SHARE = 2.0
 
 
 class Product(NamedTuple):
@@ -263,9 +262,7 @@ class Mec(Usual):
         _, _, sums = map(math.prod, self.shapes(sizes))
         (_, given), last = self.channels, self.along[2]
         total = self.filled_s(sizes, machine)
-        # Where positions of a result that leaves the cache are not stored beside each other.
-        result = math.prod(self.problem.fine_shape) * self.problem.dtype.itemsize
-        apart = last.axis.stride > 1 and not last.gathers and result > machine.l2_bytes * _RESULT_SHARE
+        apart = last.axis.stride > 1 and not last.gathers
         lines, tiles = self.own_groups * sizes.free, -(-sizes.row // self.tile)
         packed = self.largest_product > LARGEST
         for one in self.products:
@@ -275,6 +272,7 @@ class Mec(Usual):
         stored = lines * sizes.behind * last.count * given
         run = given if given > 1 else self.own_groups
         store_s = self.lines_s(stored, run, last.count, given, apart=apart)
+        store_s += stored * apart_s(self.problem, machine) if apart else 0.0
         cleared = cleared_s(self.problem) if self.gaps else 0
         return self.count * (total + slots * store_s) + cleared
 
@@ -293,8 +291,8 @@ class Mec(Usual):
     def lines_s(self, values: float, run: int, line: int, channels: int, *, apart: bool = False) -> float:
         """Return the time to copy lines to the grid or from the sums; `apart` says that they are of every other."""
         if self.problem.layout == "NDHWC":
-            return turned_s(values, run, self.own_groups * channels, apart=apart)
-        return copy_s(values, line, spilled=True, strided=apart) + values * APART_LINE_VALUE_S * apart
+            return turned_s(values, run, self.own_groups * channels)
+        return copy_s(values, line, spilled=True, strided=apart)
 
     @cached_property
     def gaps(self) -> bool:
