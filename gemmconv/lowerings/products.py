@@ -25,6 +25,8 @@ from gemmconv.problem import Problem
 LARGEST = 1
 # Rows of a product, if there can be so many; its columns, and the most that are not cut, in vectors of BLAS' kernels.
 _ROWS, _COLUMNS, _UNCUT, _VECTOR = 12, 32, 64, 16
+# Columns of tiles, the best first: kernels form 32 at once, and 16 that are left over take two thirds of their time.
+_TILES = (64, 32, 48, 16)
 # The rows that kernels form at once, of few columns or of more; others take twice as long. A step in products.
 _UNIT, _TALL, _WIDE_VECTORS, _STEP = 6, 4, 48, 400_000
 # Bytes of B that stay in cache while all rows are multiplied: one with more is cut along k, in lines as they lie, to a
@@ -180,7 +182,7 @@ def tile_columns(cut: Cut, k: int) -> int:
     """Return the columns of the tiles of a matrix whose columns are cut so and that lies [tile, k, column]; or 0."""
     whole = (cut.size,) if len(cut) == 1 and _VECTOR <= cut.size <= _UNCUT else ()
     columns: int
-    for columns in (*whole, *range(_UNCUT, 0, -_VECTOR)):
+    for columns in (*whole, *_TILES):
         if all(stop % columns == 0 for _, stop in cut) and _ROWS * columns * k <= _most():
             return columns
     return 0
