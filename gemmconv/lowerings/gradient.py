@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, address, canonical, five, must_widen
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit
 from gemmconv.lowerings.copies import store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, unpacked_s
+from gemmconv.lowerings.cost import SHORT_RUN, SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, unpacked_s
 from gemmconv.lowerings.im2col import columns_run, orders, row_cuts, sizes_of, strided, tap_boxes
 from gemmconv.lowerings.products import LARGEST, multiply, parts_values, unpacked
 from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, phases_apart, rearranges, workspace_bytes
@@ -90,6 +90,16 @@ class Gradient(AsItLies):
         return must_widen(self.problem)
 
     @property
+    def direct(self) -> bool:
+        """Whether sums are formed in the result.
+
+        BLAS multiplies by a complex 1, which makes zeros of either sign; and additions in short runs of channels, with
+        other groups' between them, take longer than a copy.
+        """
+        short = self.problem.groups > 1 and self.channels.longest < SHORT_RUN
+        return self.problem.dtype.kind == "f" and not self.widens and not short
+
+    @property
     def largest_product(self) -> int:
         taps = min(sizes.taps for sizes in sizes_of(self.taps))
         if min(taps * self.problem.cout, self.channels.shortest) > 1 and self.unpacked:
@@ -100,7 +110,7 @@ class Gradient(AsItLies):
     def workspace_bytes(self) -> int:
         problem, n = self.problem, self.channels.longest
         columns = self.rows * self.deep * problem.cout
-        sums = 0 if self.problem.dtype.kind == "f" and not self.widens else self.deep * problem.cout * n
+        sums = 0 if self.direct else self.deep * problem.cout * n
         values = self.grid, columns, sums, self._parts, self.widens * self.rows * n
         return workspace_bytes(values, problem.compute_dtype.itemsize)
 
@@ -162,9 +172,8 @@ class Gradient(AsItLies):
         output = output[d0:d1, h0:h1, w0:w1, :, slice(*channels)]
         coarse = [axis.coarse for axis in self.axes]
         by_row = five(problem.layout, operands.filter, problem.batch, coarse, problem.cin)[..., slice(*channels)]
-        in_place = problem.dtype.kind == "f" and not self.widens
-        sums = output if in_place else workspace.take(k, n)
-        ld_sums = operands.steps[2][3] if in_place else n
+        sums = output if self.direct else workspace.take(k, n)
+        ld_sums = operands.steps[2][3] if self.direct else n
         sums[...] = 0
         to = address(sums)
         wide = workspace.take(self.rows * n) if self.widens else None
@@ -199,7 +208,7 @@ class Gradient(AsItLies):
                 columns_ld, lie_by_row = m if self.tap_major else k, not self.tap_major
                 gemm(k, n, m, windows.address, columns_ld, lie_by_row, address(part), ld, False, to, ld_sums, True)
             workspace.mark("gemm")
-        if not in_place:
+        if not self.direct:
             if problem.dtype.kind == "c":
                 sums += 0  # BLAS multiplies by a complex 1, which makes zeros of either sign
             store(output, sums.reshape(output.shape))
