@@ -2,9 +2,9 @@
 
 A block is a box of taps with some coarse channels: a piece of the gradient that no other block writes. It walks over
 all rows, a run at a time: their windows are copied to columns in cache (as im2col does, for these taps alone), and a
-GEMM adds the products with the coarse rows to the gradient. Where the gradient is small and rows are many, a block may
-have a share of the rows: each forms a gradient of its own, and those are added up. The order of the sums does not
-depend on the workers.
+GEMM adds the products with the coarse rows to the gradient, or to sums that are stored there at the end. Where the
+gradient is small and rows are many, a block may have a share of the rows: each forms a gradient of its own, and those
+are added up. The order of the sums does not depend on the workers.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class Gradient(AsItLies):
         """Whether sums are formed in the result.
 
         BLAS multiplies by a complex 1, which makes zeros of either sign; and additions in short runs of channels, with
-        other groups' between them, take longer than a copy.
+        others between them, take longer than a copy.
         """
-        short = self.problem.groups > 1 and self.channels.longest < SHORT_RUN
+        short = self.channels.longest < min(SHORT_RUN, self.problem.pitch)
         return self.problem.dtype.kind == "f" and not self.widens and not short
 
     @property
