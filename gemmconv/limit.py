@@ -1,12 +1,13 @@
 """Every BLAS of the process held to one thread of its own while calls run, and its number restored behind them.
 
-For threads.py, which calls it on pool threads only, since an interrupt can cut the main thread off after any bytecode.
+For threads.py, which holds and restores on pool threads only, since an interrupt can cut the main thread off after any
+bytecode.
 It must not start a thread, set an environment variable, or leave a number changed once no call runs. It imports nothing
 of the package.
 
 What cannot be helped: a `threadpool_limits` that another thread enters while a call runs takes our 1 for the number to
-restore; one that another thread has entered before may keep BLAS from being held (`run` warns); and after a call within
-one of its own a thread no longer owns its limit (threadpoolctl >= 3.8), so that other threads can change it.
+restore; one that another thread has entered before may keep BLAS from being held (`threads.run` warns); and after a
+call within one of its own a thread no longer owns its limit (threadpoolctl >= 3.8), which others can change then.
 """
 
 from __future__ import annotations

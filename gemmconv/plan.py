@@ -30,7 +30,7 @@ from gemmconv.running import Packed, Progress
 # Names that `algorithm` takes, by operation.
 ALGORITHMS = {operation: ("auto", *found) for operation, found in LOWERINGS.items()}
 
-# Plans that are kept: more than a network has layers, times three to train it.
+# Plans that are kept: those of 85 layers that are trained, with two gradients each.
 _MOST_PLANS = 256
 # Another worker is worth waking for this much work, about 0.1 ms.
 _WORKER_FLOPS = 8_000_000

@@ -41,7 +41,7 @@ from gemmconv.lowerings.columns import Columns
 from gemmconv.lowerings.phases import slots
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
-from gemmconv.problem import Axis, reachable
+from gemmconv.problem import Axis, Problem, reachable
 
 ORDERS = {
     "by_taps": by_taps.schedule,
@@ -694,6 +694,26 @@ def test_cost_grows_with_work():
     assert 0 < cost.pass_s(10, 10) < cost.pass_s(1000, 10) <= cost.pass_s(1000, 10, spilled=True)
 
 
+@pytest.mark.skipif(not blas.small_products(), reason="BLAS has no kernels for small products here")
+def test_tiles_are_what_kernels_form_at_once():
+    """Tiles of 64 and 32 columns before those of 48, unless these are all; 0 where no tile divides the columns."""
+    of = {n: products.tile_columns(Cut(n, n), 16) for n in (16, 24, 48, 64, 80, 96, 144, 192, 288, 100)}
+    assert of == {16: 16, 24: 24, 48: 48, 64: 64, 80: 16, 96: 32, 144: 48, 192: 64, 288: 32, 100: 0}
+
+
+def test_what_is_stored_apart_costs_as_much_as_goes_to_memory():
+    """Nothing up to an eighth of the last cache, all from five eighths on; no more of a cache than others leave."""
+    of = [
+        Problem("conv3d_transpose", 1, 1, 1, (Axis(1, 1, 1), Axis(1, 1, 1), Axis(n, n, 1)), np.dtype(np.float32))
+        for n in (1 << 20, 3 << 20, 5 << 20)
+    ]
+    most_s = cost.apart_s(of[2], Machine(2, 1 << 20, 32 << 20))
+    for l3_bytes in (32 << 20, 480 << 20):
+        machine = Machine(2, 1 << 20, l3_bytes)
+        assert [cost.apart_s(problem, machine) for problem in of] == [0, most_s / 2, most_s]
+    assert [cost.apart_s(problem, Machine(2, 1 << 20, 1)) for problem in of] == [most_s] * 3
+
+
 def test_plans_are_cached_and_forgotten():
     """Equal questions share a plan until clear_cache; a plan stays usable after it."""
     ask = ((1, 3, 3, 3, 2), (2, 2, 2, 5, 2))
@@ -706,7 +726,7 @@ def test_plans_are_cached_and_forgotten():
 
 
 def test_the_plans_of_a_large_network_are_kept():
-    """200 layers in turn, as training has them: what is used least recently must not be what comes next."""
+    """200 plans in turn, as training asks for: what is forgotten must not be what is asked for next."""
     gemmconv.clear_cache()
     first, again = ([plan_conv3d_transpose((1, 1, 1, n, 1), (1, 1, 2, 1, 1)) for n in range(1, 201)] for _ in "ab")
     assert all(a is b for a, b in zip(first, again, strict=True))

@@ -12,6 +12,8 @@ from test_lowerings import told
 from test_relation import LAYOUTS, operands, run
 
 from gemmconv.lowerings import gradient
+from gemmconv.lowerings.boxes import Cut
+from gemmconv.lowerings.products import unpacked
 from gemmconv.machine import Machine
 from gemmconv.plan import make_plan
 from gemmconv.problem import Axis, Problem
@@ -58,6 +60,27 @@ def test_the_definitions_bits(dtype):
             == (plan.schedule.shares > 1) * plan.schedule.shares * math.prod(plan.output_shape) * problem.dtype.itemsize
         )
     assert several > 60
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("small", [False, True], ids=["gemm", "small products"])
+@pytest.mark.parametrize(
+    ("groups", "cin", "parts", "direct"),
+    [(1, 8, 1, True), (1, 96, 2, False), (1, 128, 2, True), (2, 17, 1, False), (2, 96, 1, True), (2, 96, 2, False)],
+)
+def test_sums_in_short_runs_are_formed_elsewhere(groups, cin, parts, direct, small, layout):
+    """Runs of fewer than 64 channels with others between them, in the rows of the result; whole numbers."""
+    axes = Axis(3, 6, 3, 2, 1, 0), Axis(4, 4, 3, 1, 1, 1), Axis(5, 10, 2, 2)
+    problem = Problem("conv3d_backprop_filter", 2, cin, 6, axes, np.dtype(np.float32), layout, groups)
+    if small and not (unpacked(problem) and layout == "NDHWC"):
+        pytest.skip("BLAS has no kernels here that form small products of such operands unpacked")
+    plan = make_plan.__wrapped__(problem, MACHINE, "im2col", 2)
+    cut = dataclasses.replace(plan.schedule, channels=Cut(cin, -(-cin // parts)), unpacked=small)
+    assert (cut.problem.groups, cut.direct) == (groups, direct)
+    first, second, _ = operands(np.random.default_rng(5), problem, largest=5)
+    want = rounded(relation.result(problem, first, second, None), "float32")
+    for workers in (1, 2):
+        assert same_bits(run(dataclasses.replace(plan, schedule=cut, workers=workers), first, second), want)
 
 
 def test_workers_change_no_bit():

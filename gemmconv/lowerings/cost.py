@@ -61,8 +61,10 @@ _STRIDED_VALUE_S = 0.6e-9
 # where others in its cache line are not used.
 _TURNED_LINE_VALUE_S, _TURNED_RUN_S, _ALONE_VALUE_S, _LINE_VALUES = 0.35e-9, 2.8e-9, 0.1e-9, 32
 # What a value costs more that is stored apart from the next position's, and goes to memory. Of a result that takes so
-# much of the last cache nothing goes there before the next call stores it again; that takes so much, all of it.
+# much of the last cache nothing goes there before the next call stores it again; that takes so much, all of it. What a
+# cache has beyond so many bytes is taken to be others'.
 _APART_VALUE_S, _KEPT_SHARE, _LOST_SHARE = 1.5e-9, 1 / 8, 5 / 8
+_MOST_L3_BYTES = 32 << 20
 # A value of an operand that is looked at for Inf and NaN, before the blocks and by one worker.
 _LOOKED_AT_VALUE_S = 0.15e-9
 # A value of a filter that is turned, before the blocks; large filters by all workers.
@@ -227,9 +229,9 @@ def turned_s(values: float, run: float, beside: float) -> float:
 
 def apart_s(problem: Problem, machine: Machine) -> float:
     """Return what a value of a transposed convolution's result costs more, stored apart from the next position's."""
-    kept, lost = _KEPT_SHARE * machine.l3_bytes, _LOST_SHARE * machine.l3_bytes
     size = math.prod(problem.fine_shape) * problem.dtype.itemsize
-    return _APART_VALUE_S * min(1.0, max(0.0, (size - kept) / (lost - kept)))
+    share = size / max(1, min(machine.l3_bytes, _MOST_L3_BYTES))
+    return _APART_VALUE_S * min(1.0, max(0.0, (share - _KEPT_SHARE) / (_LOST_SHARE - _KEPT_SHARE)))
 
 
 def packing_s(problem: Problem, time_s: float) -> float:

@@ -243,8 +243,8 @@ def schedule(problem: Problem, machine: Machine) -> Gradient:
             yield Gradient(problem, axes, cuts, channels, boxes, grid, tap_major, small, shares)
 
     formed = math.prod(problem.filter_shape) * item
-    in_place = problem.dtype.kind == "f" and not must_widen(problem)
-    most_shares = [n for n in _SHARES if n == 1 or (in_place and n * formed <= _MOST_SHARED)]
+    full_precision = problem.dtype.kind == "f" and not must_widen(problem)
+    most_shares = [n for n in _SHARES if n == 1 or (full_precision and n * formed <= _MOST_SHARED)]
     parts = [n for n in _PARTS if n == 1 or problem.cin >= n * _WIDE]
     # With channels first BLAS has no good kernel for the operands of small products.
     ways = [False, True] if problem.layout == "NDHWC" and unpacked(problem) else [False]

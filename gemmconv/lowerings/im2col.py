@@ -379,10 +379,10 @@ class Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def sizes_of(boxes: tuple[Taps, ...]) -> list[Sizes]:
+def sizes_of(boxes: tuple[Taps, ...]) -> tuple[Sizes, ...]:
     """Return the sizes of boxes of taps."""
     found = Counter(tuple(stop - start for start, stop in box) for box in boxes)
-    return [Sizes(sizes, math.prod(sizes), many) for sizes, many in found.items()]
+    return tuple(Sizes(sizes, math.prod(sizes), many) for sizes, many in found.items())
 
 
 def schedule(problem: Problem, machine: Machine) -> Im2Col:
