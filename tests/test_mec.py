@@ -54,7 +54,7 @@ def several_of(rng, problem, most):
 def test_random_choices_give_the_oracles_bits(operation, layout, dtype):
     """Random problems, some of their schedules each, with and without a bias."""
     rng = np.random.default_rng([1, *map(ord, operation + layout + dtype)])
-    seen = {name: set() for name in ("taken", "split", "together", "blocks", "tiles", "adds")}
+    seen = {name: set() for name in ("taken", "split", "together", "blocks", "tiles", "adds", "stacked")}
     for _ in range(12):
         problem = drawn_problem(rng, operation, dtype, layout)
         first, second, bias = operands(rng, problem, largest=2 if problem.dtype.itemsize == 2 else 5)
@@ -67,9 +67,47 @@ def test_random_choices_give_the_oracles_bits(operation, layout, dtype):
             seen["blocks"].add(schedule.count > problem.batch)
             seen["tiles"].add(sizes.row > schedule.tile)
             seen["adds"].add(schedule.adds)
+            seen["stacked"].add(schedule.stacked > 1)
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
     assert all(len(found) == 2 for name, found in seen.items() if name != "tiles"), seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", TWO)
+def test_stacked_results_have_the_oracles_bits(operation, layout):
+    """As many rows as there are ways, of every axis: results that end within a stack, taps that meet few positions."""
+    rng = np.random.default_rng([13, *map(ord, operation + layout)])
+    axes = [axis for axis in (*AXES, Axis(3, 10, 2, 4, 1, 1), Axis(7, 7, 1, 1, 1, 0)) if axis.dilation == 1]
+    seen = set()
+    for stacked, (groups, cin, cout) in itertools.product(axes, [(3, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 2)]):
+        problem = Problem(operation, 2, cin, cout, (ONE, stacked, AXES[0]), np.dtype(np.float32), layout, groups)
+        first, second, bias = operands(rng, problem)
+        want = rounded(relation.result(problem, first, second, bias), "float32")
+        found = [s for s in mec.candidates(problem) if s.stacked > 1 and s.taken == (0, 1, 2)]
+        for schedule in found[::5]:
+            along = schedule.along[1]
+            seen.add((schedule.stacked, along.results % schedule.stacked > 0, along.step > 1))
+            with told(problem, schedule):
+                assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
+    assert {rows for rows, *_ in seen} == {2, 3, 4}
+    assert {ends for _, ends, _ in seen} == {False, True}
+    assert {apart for *_, apart in seen} == ({True} if operation == "conv3d" else {False, True})
+
+
+def test_what_is_stacked():
+    """Results of few channels, up to four rows; of a transposed convolution whole strides; none of dilated axes."""
+
+    def rows(operation, channels, axis):
+        cin, cout = (5, channels) if operation == "conv3d_transpose" else (channels, 5)
+        problem = Problem(operation, 1, cin, cout, (ONE, axis, AXES[0]), np.dtype(np.float32), "NDHWC", 2)
+        return {schedule.stacked for schedule in mec.candidates(problem) if schedule.taken == (0, 1, 2)}
+
+    two, apart = Axis(8, 16, 4, 2, 1, 1), Axis(8, 8, 3, 1, 2, 2)
+    assert [rows("conv3d", n, two) for n in (1, 2, 3)] == [{1, 2, 3, 4}, {1, 2}, {1}]
+    assert [rows("conv3d_transpose", n, two) for n in (1, 2, 3)] == [{1, 2, 4}, {1, 2}, {1}]
+    assert [rows(operation, 1, apart) for operation in TWO] == [{1}, {1}]
+    assert rows("conv3d", 1, Axis(2, 4, 4, 2, 1, 1)) == {1, 2}  # no more than there are results
 
 
 @pytest.mark.usefixtures("_small")
@@ -114,7 +152,8 @@ def test_taps_that_meet_nothing(layout):
 def test_single_channels_are_no_vectors():
     """NumPy would form products of a vector otherwise, with bits that depend on the steps between its values."""
     problem = Problem("conv3d", 1, 1, 1, (AXES[0], AXES[1], AXES[2]), np.dtype(np.float32), "NDHWC", 6)
-    assert {schedule.rows for schedule in mec.candidates(problem)} == {2}
+    assert {schedule.rows for schedule in mec.candidates(problem)} == {2, 3, 4}
+    assert {schedule.rows for schedule in mec.candidates(problem, stacks=False)} == {2}
     gradient = dataclasses.replace(problem, operation="conv3d_backprop_filter")
     assert {schedule.of.rows for schedule in mec_gradient.schedules(gradient)} == {2}
 
@@ -220,40 +259,68 @@ class Watched:
         np.copyto(to, source, **extra)
 
 
-@pytest.mark.parametrize("operation", TWO)
-def test_blocks_as_parts(operation, monkeypatch):
-    """The bits of the whole from windows that hold all that is read, behind paddings of several strides too."""
+@pytest.fixture(name="watched")
+def _watched(monkeypatch):
+    """Watch the copies of blocks of a few lines."""
     watched = Watched()
     monkeypatch.setattr(mec, "np", watched)
+    monkeypatch.setattr(mec, "_POSITIONS", (4, 256))
+    return watched
+
+
+def check_parts(rng, problem, schedule, watched, most):
+    """Check that some blocks have the bits of the whole, from windows that hold all that is read; return how many."""
+    plan = plan_of(problem, schedule)
+    along = (0, *(1 + i for i in base.order(problem.axes)), 4)
+    first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
+    whole = plan(first, second)
+    channels = plan.output_shape[4] // schedule.problem.groups
+    looked_at = 0
+    for index, values in enumerate(itertools.product(*schedule.digits)):
+        group = int(rng.integers(schedule.problem.groups))
+        box = [(0, size) for size in plan.output_shape[:4]] + [(group * channels, (group + 1) * channels)]
+        for axis, span in itertools.chain(*values):
+            box[along[axis]] = span
+        if index >= most or any(start >= stop for start, stop in box):
+            continue
+        looked_at += 1
+        part = plan.part(box)
+        with told(problem, schedule, index):
+            assert part.on_blocks
+            watched.memory = first[part.windows[0]].copy()
+            assert same_bits(part(watched.memory, second[part.windows[1]]), whole[part.box])
+            watched.memory = None
+    return looked_at
+
+
+@pytest.mark.parametrize("operation", TWO)
+def test_blocks_as_parts(operation, watched):
+    """Of random problems, behind paddings of several strides too."""
     rng = np.random.default_rng([6, *map(ord, operation)])
     looked_at = 0
-    while looked_at < 40:
+    while looked_at < 100:
         problem = drawn_problem(rng, operation, several=True)
         if rng.integers(2):
             axes = list(problem.axes)
             axes[rng.integers(3)] = Axis(7, 14, 9, 2, 1, 4)
             problem = dataclasses.replace(problem, axes=tuple(axes))
         for schedule in several_of(rng, problem, 2):
-            plan = plan_of(problem, schedule)
-            along = (0, *(1 + i for i in base.order(problem.axes)), 4)
-            first, second = (rng.standard_normal(shape, np.float32) for shape in relation.shapes(problem)[:2])
-            whole = plan(first, second)
-            channels = plan.output_shape[4] // schedule.problem.groups
-            for index, values in enumerate(itertools.product(*schedule.digits)):
-                group = int(rng.integers(schedule.problem.groups))
-                box = [(0, size) for size in plan.output_shape[:4]] + [(group * channels, (group + 1) * channels)]
-                for axis, span in itertools.chain(*values):
-                    box[along[axis]] = span
-                if index > 3 or any(start >= stop for start, stop in box):
-                    continue
-                looked_at += 1
-                part = plan.part(box)
-                with told(problem, schedule, index):
-                    assert part.on_blocks
-                    watched.memory = first[part.windows[0]].copy()
-                    assert same_bits(part(watched.memory, second[part.windows[1]]), whole[part.box])
-                    watched.memory = None
+            looked_at += check_parts(rng, problem, schedule, watched, 4)
     assert watched.within >= looked_at
+
+
+@pytest.mark.parametrize("operation", TWO)
+def test_stacked_blocks_as_parts(operation, watched):
+    """They read whole steps of the operand, where there are some behind what the last results need too."""
+    rng = np.random.default_rng([14, *map(ord, operation)])
+    looked_at = 0
+    for axis in (Axis(30, 30, 3, 1, 1, 1), Axis(5, 40, 3, 1, 1, 0), Axis(40, 5, 3, 1, 1, 0), Axis(9, 40, 4, 2, 1, 1)):
+        problem = Problem(operation, 1, 1, 1, (ONE, axis, AXES[0]), np.dtype(np.float32), "NDHWC", 2)
+        stacked = [s for s in mec.candidates(problem) if s.stacked > 1 and s.taken == (0, 1, 2) and len(s.cuts[1]) > 1]
+        for schedule in stacked:
+            looked_at += check_parts(rng, problem, schedule, watched, 100)
+    assert looked_at > 100
+    assert watched.within > looked_at
 
 
 @pytest.mark.parametrize("operation", TWO)

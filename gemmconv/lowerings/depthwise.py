@@ -135,8 +135,9 @@ class Depthwise(Usual):
         total = weighed_s(taps * values, run, steps=steps) + max(0, steps - many) * pass_s(values, run)
         strided = self.problem.layout == "NCDHW" and self.along[2].axis.stride > 1
         line = self.channels if self.along[2].axis.stride > 1 else self.channels * longest[2]
-        total += copy_s(2 * phases * grid * self.channels, line, steps=2 * phases, spilled=True, strided=strided)
-        total += copy_s(2 * many * values, line, steps=2 * many, spilled=True, strided=strided)
+        filled, stored = phases * grid * self.channels, many * values
+        total += copy_s(filled, filled) + copy_s(filled, line, steps=phases, spilled=True, strided=strided)
+        total += copy_s(stored, line, steps=many, spilled=True, strided=strided)
         return self.count * total
 
     @property

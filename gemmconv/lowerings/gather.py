@@ -174,7 +174,9 @@ class Gather(Usual):
             phases = len(self.slots[0].offsets) * len(self.slots[1].offsets)
             values = (planes + self.slots[0].reach) * pitch * self.line * problem.cout
             strided = problem.layout == "NCDHW"
-            total += phases * copy_s(values, w.fine * problem.cout, steps=2, spilled=True, strided=strided)
+            # A group's channels lie between those of others.
+            run = problem.cout * (w.fine if problem.groups == 1 else 1)
+            total += phases * copy_s(values, run, steps=2, spilled=True, strided=strided)
         total += copy_s(rows * n, rows * n) + copy_s(planes * lines * w.coarse * n, n, spilled=True)
         return self.count * total
 
@@ -277,8 +279,8 @@ class Gather(Usual):
         last = max(first, min(w.fine, self.line - w.lo))
         to_w, from_w = slice(first + w.lo, last + w.lo), slice(first, last)
         for (i, at_d), (j, at_h) in product(enumerate(of_d.offsets), enumerate(of_h.offsets)):
-            to_d, from_d = met(d, at_d, depth[0] + of_d.shifts[0], planes, gathers=True)
-            to_h, from_h = met(h, at_h, height[0] + of_h.shifts[0], sizes.pitch, gathers=True)
+            to_d, from_d = met(d.stride, d.fine, at_d, depth[0] + of_d.shifts[0], planes)
+            to_h, from_h = met(h.stride, h.fine, at_h, height[0] + of_h.shifts[0], sizes.pitch)
             box = cells[i, j]
             part = box[to_d, to_h, to_w]
             if part.shape != box.shape:

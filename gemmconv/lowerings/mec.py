@@ -27,7 +27,7 @@ from numpy.lib.stride_tricks import as_strided
 from gemmconv.blas import small_products
 from gemmconv.lowerings.base import Array, CannotLowerError, Operands, Usual, Workspace, aligned, canonical, five, order
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, evenly, located
-from gemmconv.lowerings.copies import copy, store
+from gemmconv.lowerings.copies import copy, need_finite, store
 from gemmconv.lowerings.cost import (
     SMALLEST_BUFFER,
     apart_s,
@@ -40,8 +40,9 @@ from gemmconv.lowerings.cost import (
 )
 from gemmconv.lowerings.phases import Along, Run, slots, unreached
 from gemmconv.lowerings.products import LARGEST, unpacked
+from gemmconv.lowerings.stacked import Stacked
 from gemmconv.machine import Machine
-from gemmconv.problem import Problem
+from gemmconv.problem import Axis, Problem
 
 # How the axes may be taken: the free one, in which blocks are cut first, and the two behind it, lines along the last.
 _ORDERS = ((0, 1, 2), (1, 0, 2))
@@ -52,6 +53,8 @@ _POSITIONS = (256, 1024)
 _VECTOR, _MOST = 16, 512
 # Phases of a transposed convolution: of more each is small, and planning them takes longer than they do.
 _MOST_PHASES = 64
+# Rows of a product up to which neighbouring results are stacked: BLAS forms fewer than four in the time of four.
+_STACKED = 4
 # Values of a line that are turned in one inner loop, at most, as the cost model sees it.
 FEW = 8
 # Of the L2 cache: a workspace that counts as in cache.
@@ -76,6 +79,10 @@ class Pair(NamedTuple):
     products: list[list[Product]]
 
 
+# How the axes are read and written: the free one, the next, of which results may be stacked, and the last.
+Axes = tuple[Along, Along | Stacked, Along]
+
+
 class Sizes(NamedTuple):
     """Of a block: positions of its free axis and the next, lines of its grid, their length, and that of its columns.
 
@@ -91,7 +98,7 @@ class Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=128)
-def _pairs(along: tuple[Along, Along, Along], groups: int, rows: int, channels: int, split: bool) -> list[Pair]:
+def _pairs(along: Axes, groups: int, rows: int, channels: int, split: bool) -> list[Pair]:
     """Return what every block of such a schedule does, whatever its size."""
     found, at = [], 0
     free, behind, last = along
@@ -122,7 +129,7 @@ class Mec(Usual):
     problem: Problem
     own_groups: int
     taken: tuple[int, int, int]  # the order of the axes, the free one first
-    along: tuple[Along, Along, Along]  # in this order
+    along: Axes  # in this order
     cuts: tuple[Cut, Cut]  # of the free axis and the next
     split: bool  # whether taps of the next axis are starts in the columns too, each a product that is added
 
@@ -136,8 +143,19 @@ class Mec(Usual):
 
     @property
     def rows(self) -> int:
-        """Channels of a product: a single one is doubled, for NumPy would take it as a vector."""
-        return max(2, self.channels[1])
+        """Rows of a product: of each stacked result its channels; a single one is doubled, or NumPy takes a vector."""
+        return max(2, self.stacked * self.channels[1])
+
+    @property
+    def stacked(self) -> int:
+        """How many neighbouring results of the next axis are rows of one product."""
+        behind = self.along[1]
+        return behind.rows if isinstance(behind, Stacked) else 1
+
+    @property
+    def reads_beyond(self) -> int:
+        behind = self.along[1]
+        return behind.beyond if isinstance(behind, Stacked) else 1
 
     @property
     def count(self) -> int:
@@ -201,14 +219,8 @@ class Mec(Usual):
         columns = row + self.split * -(-self.along[1].reach * line // _VECTOR) * _VECTOR
         return Sizes(free, behind, free + self.along[0].reach, line, columns, row)
 
-    def box(self, sizes: Sizes) -> tuple[int, ...]:
-        """Return the shape of the box that phases are copied from, [free axis, group, channel, next axis, last]."""
-        size = zip((sizes.lines, sizes.behind + self.along[1].reach, sizes.line), self.along, strict=True)
-        free, behind, last = (n * (along.axis.stride if along.gathers else 1) for n, along in size)
-        return free, self.own_groups, self.channels[0], behind, last
-
     def shapes(self, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of a block's grid, [phase of the copied axes, free phase, group, line, channel, position].
+        """Return the shapes of a block's grid, [phase of the copied axes, free phase, line, group, channel, position].
 
         And of its columns, [free phase, group, line, tap * channel, position], and its sums, [group, line, channel,
         position].
@@ -218,20 +230,15 @@ class Mec(Usual):
         runs = last.reach + sizes.columns + (0 if self.split else behind.reach * sizes.line)
         plane = max((sizes.behind + behind.reach) * sizes.line, runs)
         plane = -(-plane // _VECTOR) * _VECTOR
-        lines = phases[0], self.own_groups, sizes.lines
-        grid = phases[1] * phases[2], *lines, taken, plane
-        return grid, (*lines, self.copied * taken, sizes.columns), (self.own_groups, sizes.free, self.rows, sizes.row)
+        grid = phases[1] * phases[2], phases[0], sizes.lines, self.own_groups, taken, plane
+        columns = phases[0], self.own_groups, sizes.lines, self.copied * taken, sizes.columns
+        return grid, columns, (self.own_groups, sizes.free, self.rows, sizes.row)
 
     @cached_property
     def workspace_bytes(self) -> int:
         sizes = self.sizes(*(cut.longest for cut in self.cuts))
         grid, columns, sums = map(math.prod, self.shapes(sizes))
-        columns = max(columns, self.box_values(sizes))
         return sum(aligned(n * self.problem.compute_dtype.itemsize) for n in (grid, columns, sums, sums * self.adds))
-
-    def box_values(self, sizes: Sizes) -> int:
-        """Return the values of the box, which is where columns are after that; 0 without one."""
-        return math.prod(self.box(sizes)) if math.prod(self.phases) > 1 else 0
 
     @property
     def phases(self) -> tuple[int, int, int]:
@@ -244,17 +251,24 @@ class Mec(Usual):
         return sum(math.prod(one.shape) for one in self.products)
 
     def pack(self, filter: Array, packed: Array) -> None:
-        """Lay the taps of each product out as [group, channel of the result, tap, channel]."""
+        """Lay the taps of each product out as [group, row, tap, channel], with zeros where a row reads nothing."""
         coarse, fine = filter.shape[4] // self.own_groups, filter.shape[3]
         weights = filter.reshape(*filter.shape[:3], fine, self.own_groups, coarse)
         axes = [order(self.problem.axes)[i] for i in self.taken]
         weights = weights.transpose(4, *((5, *axes, 3) if self.along[0].gathers else (3, *axes, 5)))
-        if self.channels[1] < self.rows:
+        behind = self.along[1]
+        if self.stacked == 1 and self.channels[1] < self.rows:
             weights = np.broadcast_to(weights, (self.own_groups, self.rows, *weights.shape[2:]), subok=True)
+        if self.stacked > 1:
+            packed[...] = 0
         for one in self.products:
             a, b, c = (_as_slice(taps) for taps in (one.run.taps, *one.taps))
-            taps = weights[:, :, a][:, :, :, b][:, :, :, :, c]
-            copy(packed[one.weights].reshape(taps.shape), taps)
+            taps = weights[:, :, a][:, :, :, :, c]
+            groups, rows, free, _, *others = taps.shape
+            to = packed[one.weights].reshape(groups, self.stacked, rows, free, len(one.taps[0]), *others)
+            of_rows = behind.weights if isinstance(behind, Stacked) else [(slice(None), b)]
+            for row, (at, of_row) in enumerate(of_rows):
+                copy(to[:, row, :, :, at], taps[:, :, :, of_row])
 
     def time_s(self, machine: Machine) -> float:
         """Return the estimated time on one core, for blocks of mean size; see cost.py."""
@@ -269,7 +283,7 @@ class Mec(Usual):
             total += few_channels_s(lines * tiles, sizes.row / tiles, self.rows, one.shape[2], packed=packed)
         total += len(self.products) * pass_s(sums, sizes.row)
         slots = len(self.pairs) * len(self.along[0].runs)
-        stored = lines * sizes.behind * last.count * given
+        stored = self.stacked * lines * sizes.behind * last.count * given
         run = given if given > 1 else self.own_groups
         store_s = self.lines_s(stored, run, last.count, given, apart=apart)
         store_s += stored * apart_s(self.problem, machine) if apart else 0.0
@@ -282,11 +296,9 @@ class Mec(Usual):
         spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         last, steps = self.along[2], self.steps
         total = copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps, spilled=spilled)
-        box, phases = self.box_values(sizes), math.prod(self.phases)
-        total += self.lines_s(box or grid, min(FEW, last.given), last.given, self.channels[0])
-        return total + (
-            copy_s(grid, last.given, steps=phases, strided=self.phases[2] > 1, spilled=spilled) if box else 0
-        )
+        phases, line = math.prod(self.phases), -(-last.given // last.step)
+        turned_s = self.lines_s(grid / phases, min(FEW, line), line, self.channels[0], apart=last.step > 1)
+        return total + phases * turned_s
 
     def lines_s(self, values: float, run: int, line: int, channels: int, *, apart: bool = False) -> float:
         """Return the time to copy lines to the grid or from the sums; `apart` says that they are of every other."""
@@ -297,7 +309,8 @@ class Mec(Usual):
     @cached_property
     def gaps(self) -> bool:
         """Whether there are positions of the result that no tap reaches."""
-        return any(unreached(along.axis, along.of_axis) for along in self.along if not along.gathers)
+        axes = (along for along in self.along if not along.gathers and isinstance(along, Along))
+        return any(unreached(along.axis, along.of_axis) for along in axes)
 
     @property
     def reason(self) -> str:
@@ -318,14 +331,14 @@ class Mec(Usual):
             output[*(slice(*along.span(q)) for along, q in zip(self.along, spans, strict=True))] = start
         output = output.reshape(*output.shape[:3], self.own_groups, self.channels[1])
         if isinstance(start, np.ndarray):
-            start = start.reshape(self.own_groups, 1, -1, 1)
+            start = start.reshape(self.own_groups, 1, 1, -1, 1)
         free, behind, last = (along.places(q) for along, q in zip(self.along, spans, strict=True))
         for pair, step in zip(self.pairs, block.steps, strict=True):
             for to, source in step.copies:
                 np.copyto(to, source)
             workspace.mark("pack")
             b, c = pair.slots
-            if b not in behind or c not in last:
+            if (self.stacked == 1 and b not in behind) or c not in last:
                 continue
             for a, (q, fine) in free.items():
                 if not pair.products[a]:
@@ -337,8 +350,11 @@ class Mec(Usual):
                         np.add(block.sums, block.spare, out=block.sums)
                 # Of zero too, for its sign: products that underflow give -0.0.
                 np.add(block.found, start, out=block.found)
+                if self.stacked > 1:
+                    need_finite(block.found)
                 workspace.mark("gemm")
-                store(output[fine, behind[b][1], last[c][1]], block.lines[q, behind[b][0], last[c][0]])
+                for row, (q_b, fine_b) in behind.items() if self.stacked > 1 else [(0, behind[b])]:
+                    store(output[fine, fine_b, last[c][1]], block.lines[row][q, q_b, last[c][0]])
                 workspace.mark("store")
 
     def seen(self, array: Array, *, of_result: bool = False) -> Array:
@@ -350,10 +366,7 @@ class Mec(Usual):
         return seen.transpose(0, *(1 + i for i in self.taken), 4)
 
     def fill(self, block: Block, value: Array, batch: int, spans: Sequence[Range]) -> None:
-        """Copy the lines that a block needs to its grid, with zeros around them.
-
-        Several phases are copied from a box that is turned as a whole.
-        """
+        """Copy the lines that a block needs to its grid, with zeros around them."""
         value = self.seen(value)[batch]
         value = value.reshape(*value.shape[:3], self.own_groups, self.channels[0])
         block.grid[...] = 0
@@ -364,19 +377,8 @@ class Mec(Usual):
             to, source = zip(*(of.met(offset, q, size) for of, offset, (q, _), size in along), strict=True)
             if cells[to].size:
                 copies.append((cells[to], source))
-        if len(block.cells) == 1 or not copies:
-            for cells, source in copies:
-                np.copyto(cells, value[source], casting="unsafe")
-            return
-        first = [min(source[i].start for _, source in copies) for i in range(3)]
-        # Not a position more than is used: of a part there is no memory behind it.
-        last = [max(range(s[i].start, s[i].stop, s[i].step)[-1] + 1 for _, s in copies) for i in range(3)]
-        given = value[tuple(map(slice, first, last))]
-        box = block.box[tuple(map(slice, given.shape[:3]))]
-        np.copyto(box, given, casting="unsafe")
         for cells, source in copies:
-            at = (slice(s.start - start, s.stop - start, s.step) for s, start in zip(source, first, strict=True))
-            np.copyto(cells, box[tuple(at)])
+            np.copyto(cells, value[source], casting="unsafe")
 
 
 class Step(NamedTuple):
@@ -392,32 +394,31 @@ class Block:
     def __init__(self, of: Mec, sizes: Sizes, workspace: Workspace) -> None:
         shape, columns_shape, sums_shape = of.shapes(sizes)
         self.grid = workspace.take(*shape)
-        columns = workspace.take(max(math.prod(columns_shape), of.box_values(sizes)))
-        if math.prod(of.phases) > 1:
-            box = of.box(sizes)
-            # [free axis, next, last, group, channel]
-            self.box = columns[: math.prod(box)].reshape(box).transpose(0, 3, 4, 1, 2)
+        columns = workspace.take(math.prod(columns_shape))
         self.sums = workspace.take(*sums_shape)
         self.spare = workspace.take(*sums_shape) if of.adds else self.sums
-        self.found = self.sums[:, :, : of.channels[1]]
+        # [group, line, stacked result, channel, position]
+        by_row = self.sums.reshape(*sums_shape[:2], of.stacked, -1, sizes.row)
+        self.found = by_row[:, :, :, : of.channels[1]]
         wide = of.along[1].reach + sizes.behind
         # [line, position of the next axis, of the last, group, channel] of each phase
         cells = self.grid[..., : wide * sizes.line].reshape(-1, *shape[2:5], wide, sizes.line)
-        self.cells = list(cells.transpose(0, 2, 4, 5, 1, 3))
-        self.lines = by_position(of, sizes, self.found)
+        self.cells = list(cells.transpose(0, 1, 4, 5, 2, 3))
+        self.lines = [by_position(of, sizes, self.found[:, :, row]) for row in range(of.stacked)]
         tiles = -(-sizes.row // of.tile)
         of_tiles = (*sums_shape[:3], tiles, sizes.row // tiles)
         self.tiles = [array.reshape(of_tiles).swapaxes(2, 3) for array in (self.sums, self.spare)]
         self.steps = [self._step(of, pair, sizes, columns, tiles) for pair in of.pairs]
 
     def _step(self, of: Mec, pair: Pair, sizes: Sizes, columns: Array, tiles: int) -> Step:
-        phases, groups, lines, taken, _ = self.grid.shape[1:]
+        phases, lines, groups, taken, _ = self.grid.shape[1:]
         shape = phases, groups, lines, len(pair.copies), taken, sizes.columns
         by_tap = columns[: math.prod(shape)].reshape(shape)
         copies = []
         for i, (phase, start_b, start_c) in enumerate(pair.copies):
             start = start_b * sizes.line + start_c
-            copies.append((by_tap[:, :, :, i], self.grid[phase, ..., start : start + sizes.columns]))
+            source = self.grid[phase, ..., start : start + sizes.columns].swapaxes(1, 2)
+            copies.append((by_tap[:, :, :, i], source))
         if of.split and pair.slots[0]:
             copies = []
         _, of_group, of_line, _, of_row, item = by_tap.strides
@@ -449,8 +450,20 @@ def _as_slice(taps: Sequence[int]) -> slice | Sequence[int]:
     return evenly(taps) if len({b - a for a, b in pairwise(taps)}) < 2 else taps
 
 
-def candidates(problem: Problem) -> list[Mec]:
-    """Return the schedules that are weighed, for each free axis and number of groups together; none for many phases."""
+def _stacked(axis: Axis, gathers: bool, channels: int) -> list[Stacked]:
+    """Return the ways to stack neighbouring results of some channels each."""
+    if axis.dilation > 1:
+        return []
+    each = 1 if gathers else axis.stride
+    most = min(_STACKED // channels, axis.coarse if gathers else axis.fine)
+    return [Stacked(axis, gathers, rows) for rows in range(each, most + 1, each) if rows > 1]
+
+
+def candidates(problem: Problem, *, stacks: bool = True) -> list[Mec]:
+    """Return the schedules that are weighed, for each free axis and number of groups together; none for many phases.
+
+    With `stacks` those too whose neighbouring results are rows of one product.
+    """
     gathers = problem.operation == "conv3d"
     axes = [Along(axis, slots(axis, tiled=False), gathers) for axis in canonical(problem.axes)]
     if math.prod(len(along.taps) for along in axes) > _MOST_PHASES:
@@ -459,11 +472,15 @@ def candidates(problem: Problem) -> list[Mec]:
     def made(together: int, taken: tuple[int, int, int], parts: int, positions: int) -> Iterator[Mec]:
         channels = together * problem.cin, together * problem.cout
         of = replace(problem, groups=problem.groups // together, cin=channels[0], cout=channels[1])
-        free, behind, last = along = (axes[taken[0]], axes[taken[1]], axes[taken[2]])
-        cuts = Cut(free.count, -(-free.count // parts)), Cut(behind.count, max(1, positions // max(1, last.count)))
-        yield Mec(of, together, taken, along, cuts, split=False)
-        if len(behind.offsets) == 1:  # taps that read other phases are not starts in the same columns
-            yield Mec(of, together, taken, along, cuts, split=True)
+        free, behind, last = axes[taken[0]], axes[taken[1]], axes[taken[2]]
+        split = [False, True] if len(behind.offsets) == 1 else [False]
+        # Taps that read other phases are not starts in the same columns.
+        ways: list[tuple[Along | Stacked, bool]] = [(behind, adds) for adds in split]
+        if stacks:
+            ways += [(one, False) for one in _stacked(behind.axis, gathers, problem.cin if gathers else problem.cout)]
+        for one, adds in ways:
+            cut = Cut(one.count, max(1, positions // max(1, last.count)))
+            yield Mec(of, together, taken, (free, one, last), (Cut(free.count, -(-free.count // parts)), cut), adds)
 
     groups = [n for n in range(1, problem.groups + 1) if problem.groups % n == 0]
     every = product(groups, _ORDERS, _PARTS, _POSITIONS)

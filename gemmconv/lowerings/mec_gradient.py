@@ -200,7 +200,7 @@ class _Views:
 
 def schedules(problem: Problem) -> list[MecGradient]:
     """Return the schedules that are weighed: those of the convolution."""
-    found = candidates(replace(problem, operation="conv3d"))
+    found = candidates(replace(problem, operation="conv3d"), stacks=False)
     return [MecGradient(replace(one.problem, operation=problem.operation), one) for one in found]
 
 

@@ -159,12 +159,11 @@ def places(axis: Axis, slots: Slots, q: Range) -> Iterator[Place]:
             yield Place(slot, slice(start - q[0], stop - q[0]), fine)
 
 
-def met(axis: Axis, offset: int, first: int, size: int, gathers: bool) -> tuple[slice, slice]:
+def met(step: int, end: int, offset: int, first: int, size: int) -> tuple[slice, slice]:
     """Return which of `size` positions of a grid, from `first` on, hold an operand's values, and where those are.
 
-    A convolution's grid holds fine positions of a phase, that of a transposed one coarse positions.
+    The grid holds the positions ``i * step + offset`` of the operand's `end`.
     """
-    step, end = (axis.stride, axis.fine) if gathers else (1, axis.coarse)
     start = min(first + size, max(first, -(offset // step)))
     stop = max(start, min(first + size, -((offset - end) // step)))
     source = slice(max(0, start * step + offset), max(0, stop * step + offset), step)
@@ -219,6 +218,11 @@ class Along:
         return self.axis.fine if self.gathers else self.axis.coarse
 
     @property
+    def step(self) -> int:
+        """Positions of the operand from one of a phase of the grid to the next."""
+        return self.axis.stride if self.gathers else 1
+
+    @property
     def offsets(self) -> tuple[int, ...]:
         """Where the phases of the grid lie in the operand."""
         return self.of_axis.offsets or (0,) if self.gathers else (0,)
@@ -254,7 +258,7 @@ class Along:
     def met(self, offset: int, q: int, size: int) -> tuple[slice, slice]:
         """Return which of `size` positions of the grid of a block that begins at q hold values, and where those are."""
         first = q + self.shifts[0] if self.gathers else q - self.shifts[1]
-        return met(self.axis, offset, first, size, self.gathers)
+        return met(self.step, self.given, offset, first, size)
 
     def places(self, q: Range) -> dict[int, tuple[slice, slice]]:
         """Return of each slot in the result which positions of a block are, and where."""

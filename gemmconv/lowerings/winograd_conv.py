@@ -259,7 +259,9 @@ class WinogradConv(Tiling):
     def filled_s(self) -> float:
         """Return the time to fill and combine the rows of a block of mean size."""
         cout, (box, shapes) = self.problem.cout, self._mean
-        total = copy_s(box, box, steps=0, spilled=True, strided=self.problem.layout == "NCDHW")
+        # A group's channels lie between those of others.
+        run = cout if self.problem.groups > 1 else box
+        total = copy_s(box, run, steps=0, spilled=True, strided=self.problem.layout == "NCDHW")
         for family, (cells, along_a, rows) in zip(self.families, shapes, strict=True):
             total += (sum(family.points) + 1) * step_s(short=True)
             total += copy_s(math.prod(cells), cout, steps=0, spilled=True) + math.prod(cells) / cout * _CELL_S
