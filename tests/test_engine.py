@@ -701,6 +701,33 @@ def test_tiles_are_what_kernels_form_at_once(monkeypatch):
     assert of == {16: 16, 24: 24, 48: 48, 64: 64, 80: 16, 96: 32, 144: 48, 192: 64, 288: 32, 100: 0}
 
 
+def test_pieces_of_few_channels_of_a_group_cost_more(monkeypatch):
+    """Between those of other groups, where less than a cache line of a position is used; the choice heeds it."""
+    axis = Axis(16, 32, 4, 2, 1, 1)
+    of = [Problem("conv3d_backprop_filter", 1, 1, 1, (axis, axis, axis), np.dtype(np.float32), layout, groups)
+          for layout, groups in (("NDHWC", 64), ("NDHWC", 1), ("NCDHW", 64))]  # fmt: skip
+    each = [[cost.in_pieces_s(problem, channels) for channels in (1, 2, 8, 16)] for problem in of]
+    assert each[0][0] == 2 * each[0][1] == 8 * each[0][2] > 0 == each[0][3]
+    assert each[1:] == [[0] * 4] * 2
+    machine = Machine(2, 1 << 20, 32 << 20)
+    # im2col would copy each value from a cache line of its own, for each box of taps.
+    assert make_plan.__wrapped__(of[0], machine, "auto", 2).algorithm == "mec"
+    # Channels of the fine and of the coarse array, and which lowerings' estimates heed them.
+    with_pieces, without = [], []
+    for operation, fine, coarse, name in (
+        ("conv3d", 2, 16, "im2col"), ("conv3d", 2, 16, "kn2row"), ("conv3d", 2, 16, "winograd"),
+        ("conv3d_backprop_filter", 2, 16, "im2col"), ("conv3d_backprop_filter", 16, 2, "im2col"),
+        ("conv3d_backprop_filter", 2, 16, "winograd"), ("conv3d_backprop_filter", 16, 2, "winograd"),
+    ):  # fmt: skip
+        problem = Problem(operation, 1, coarse, fine, (axis, axis, axis), np.dtype(np.float32), "NDHWC", 4)
+        schedule = LOWERINGS[operation][name](problem, machine)
+        with_pieces.append(schedule.time_s(machine))
+        with monkeypatch.context() as patch:
+            patch.setattr(cost, "_PIECE_VALUES", 0)
+            without.append(schedule.time_s(machine))
+    assert all(a > b for a, b in zip(with_pieces, without, strict=True))
+
+
 def test_what_is_stored_apart_costs_as_much_as_goes_to_memory():
     """Nothing up to an eighth of the last cache, all from five eighths on; no more of a cache than others leave."""
     of = [

@@ -74,7 +74,7 @@ def test_random_choices_give_the_oracles_bits(operation, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operation", TWO)
+@pytest.mark.parametrize("operation", [*TWO, "conv3d_backprop_filter"])
 def test_stacked_results_have_the_oracles_bits(operation, layout):
     """As many rows as there are ways, of every axis: results that end within a stack, taps that meet few positions."""
     rng = np.random.default_rng([13, *map(ord, operation + layout)])
@@ -82,17 +82,17 @@ def test_stacked_results_have_the_oracles_bits(operation, layout):
     seen = set()
     for stacked, (groups, cin, cout) in itertools.product(axes, [(3, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 2)]):
         problem = Problem(operation, 2, cin, cout, (ONE, stacked, AXES[0]), np.dtype(np.float32), layout, groups)
-        first, second, bias = operands(rng, problem)
+        first, second, bias = operands(rng, problem, biased=operation in TWO)
         want = rounded(relation.result(problem, first, second, bias), "float32")
-        found = [s for s in mec.candidates(problem) if s.stacked > 1 and s.taken == (0, 1, 2)]
-        for schedule in found[::5]:
-            along = schedule.along[1]
-            seen.add((schedule.stacked, along.results % schedule.stacked > 0, along.step > 1))
+        found = mec.candidates(problem) if operation in TWO else mec_gradient.schedules(problem)
+        every = [(s, s if operation in TWO else s.of) for s in found]
+        for schedule, of in [(s, of) for s, of in every if of.stacked > 1 and of.taken == (0, 1, 2)][::5]:
+            seen.add((of.stacked, of.along[1].results % of.stacked > 0, of.along[1].step > 1))
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second, bias), want)
     assert {rows for rows, *_ in seen} == {2, 3, 4}
     assert {ends for _, ends, _ in seen} == {False, True}
-    assert {apart for *_, apart in seen} == ({True} if operation == "conv3d" else {False, True})
+    assert {apart for *_, apart in seen} == ({False, True} if operation == "conv3d_transpose" else {True})
 
 
 def test_what_is_stacked():
@@ -116,7 +116,7 @@ def test_what_is_stacked():
 def test_gradients_have_the_oracles_bits(layout, dtype):
     """Random problems, some of their schedules each; those of several batch entries, blocks and pieces among them."""
     rng = np.random.default_rng([8, *map(ord, layout + dtype)])
-    seen = {name: set() for name in ("taken", "split", "together", "blocks", "pieces")}
+    seen = {name: set() for name in ("taken", "split", "together", "blocks", "pieces", "stacked")}
     for _ in range(12):
         problem = drawn_problem(rng, "conv3d_backprop_filter", dtype, layout)
         first, second, _ = operands(rng, problem, largest=1 if problem.dtype.itemsize == 2 else 5, biased=False)
@@ -128,6 +128,7 @@ def test_gradients_have_the_oracles_bits(layout, dtype):
             seen["together"].add(schedule.own_groups > 1)
             seen["blocks"].add(schedule.of.count > problem.batch)
             seen["pieces"].add(schedule.pieces(schedule.of.deep) > 1)
+            seen["stacked"].add(schedule.of.stacked > 1)
             with told(problem, schedule):
                 assert same_bits(run(plan_of(problem, schedule), first, second), want)
     assert all(len(found) == 2 for name, found in seen.items() if name != "pieces"), seen
@@ -153,9 +154,8 @@ def test_single_channels_are_no_vectors():
     """NumPy would form products of a vector otherwise, with bits that depend on the steps between its values."""
     problem = Problem("conv3d", 1, 1, 1, (AXES[0], AXES[1], AXES[2]), np.dtype(np.float32), "NDHWC", 6)
     assert {schedule.rows for schedule in mec.candidates(problem)} == {2, 3, 4}
-    assert {schedule.rows for schedule in mec.candidates(problem, stacks=False)} == {2}
     gradient = dataclasses.replace(problem, operation="conv3d_backprop_filter")
-    assert {schedule.of.rows for schedule in mec_gradient.schedules(gradient)} == {2}
+    assert {schedule.of.rows for schedule in mec_gradient.schedules(gradient)} == {2, 3, 4}
 
 
 def test_what_is_not_weighed():

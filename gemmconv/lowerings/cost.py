@@ -57,9 +57,10 @@ _COPIED_VALUE_S, _COPIED_RUN_S = 0.08e-9, 3.5e-9
 # What a value costs more that comes from memory or goes there, and one that is not beside the next on one of the sides.
 SPILLED_VALUE_S = 0.15e-9
 _STRIDED_VALUE_S = 0.6e-9
-# One of lines that are turned, channels last to channels first or back, each inner loop, and what a value costs more
-# where others in its cache line are not used.
-_TURNED_LINE_VALUE_S, _TURNED_RUN_S, _ALONE_VALUE_S, _LINE_VALUES = 0.35e-9, 2.8e-9, 0.1e-9, 32
+# One of lines that are turned, channels last to channels first and back, each inner loop, and what a value costs more
+# where others in its cache line, or the next, are not used; pieces of whole lines cost nothing.
+_TURNED_LINE_VALUE_S, _TURNED_BACK_VALUE_S, _TURNED_RUN_S = 0.55e-9, 0.35e-9, 2.8e-9
+_ALONE_VALUE_S, _LINE_VALUES, _PIECE_VALUES = 0.1e-9, 32, 16
 # What a value costs more that is stored apart from the next position's, and goes to memory. Of a result that takes so
 # much of the last cache nothing goes there before the next call stores it again; that takes so much, all of it. What a
 # cache has beyond so many bytes is taken to be others'.
@@ -221,10 +222,24 @@ def copy_s(values: float, run: float, *, steps: int = 1, spilled: bool = False, 
     return steps * _pass_step_s() + values * (each + spilled * SPILLED_VALUE_S)
 
 
-def turned_s(values: float, run: float, beside: float) -> float:
-    """Return the time to turn lines of values, `beside` channels of a position, in inner loops of `run` values."""
-    alone = _ALONE_VALUE_S * _LINE_VALUES / beside if beside < _LINE_VALUES else 0.0
-    return _pass_step_s() + values * (_TURNED_LINE_VALUE_S + _TURNED_RUN_S / max(1, run) + alone)
+def turned_s(values: float, run: float, beside: float, *, back: bool = False) -> float:
+    """Return the time to turn lines of values, `beside` channels of a position, in inner loops of `run` values.
+
+    Channels are last before, or with `back` after it.
+    """
+    value_s = _TURNED_BACK_VALUE_S if back else _TURNED_LINE_VALUE_S
+    return _pass_step_s() + values * (value_s + _TURNED_RUN_S / max(1, run) + alone_s(beside))
+
+
+def alone_s(beside: float) -> float:
+    """Return what a value costs more of which so many channels are used in a cache line, where there are others."""
+    return _ALONE_VALUE_S * _LINE_VALUES / beside if beside < _LINE_VALUES else 0.0
+
+
+def in_pieces_s(problem: Problem, channels: int) -> float:
+    """Return what a value costs more of so many channels of a group that lie between those of others."""
+    between = problem.groups > 1 and problem.layout == "NDHWC" and channels < _PIECE_VALUES
+    return alone_s(channels) if between else 0.0
 
 
 def apart_s(problem: Problem, machine: Machine) -> float:

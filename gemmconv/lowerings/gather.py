@@ -32,7 +32,7 @@ from gemmconv.lowerings.base import (
 )
 from gemmconv.lowerings.boxes import Bounds, Cut, Range, digit, each, located
 from gemmconv.lowerings.copies import copy, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, copy_s, gemm_s, small_s
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, copy_s, gemm_s, in_pieces_s, small_s
 from gemmconv.lowerings.phases import Slots, met, slots
 from gemmconv.machine import Machine
 from gemmconv.problem import Axis, Problem
@@ -174,9 +174,8 @@ class Gather(Usual):
             phases = len(self.slots[0].offsets) * len(self.slots[1].offsets)
             values = (planes + self.slots[0].reach) * pitch * self.line * problem.cout
             strided = problem.layout == "NCDHW"
-            # A group's channels lie between those of others.
-            run = problem.cout * (w.fine if problem.groups == 1 else 1)
-            total += phases * copy_s(values, run, steps=2, spilled=True, strided=strided)
+            total += phases * copy_s(values, w.fine * problem.cout, steps=2, spilled=True, strided=strided)
+            total += phases * values * in_pieces_s(problem, problem.cout)
         total += copy_s(rows * n, rows * n) + copy_s(planes * lines * w.coarse * n, n, spilled=True)
         return self.count * total
 

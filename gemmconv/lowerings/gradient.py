@@ -20,7 +20,16 @@ from numpy.lib.stride_tricks import as_strided
 from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, address, canonical, five, must_widen
 from gemmconv.lowerings.boxes import Bounds, Box, Cut, Range, digit
 from gemmconv.lowerings.copies import store
-from gemmconv.lowerings.cost import SHORT_RUN, SMALLEST_BUFFER, SPILLED_VALUE_S, best, copy_s, gemm_s, unpacked_s
+from gemmconv.lowerings.cost import (
+    SHORT_RUN,
+    SMALLEST_BUFFER,
+    SPILLED_VALUE_S,
+    best,
+    copy_s,
+    gemm_s,
+    in_pieces_s,
+    unpacked_s,
+)
 from gemmconv.lowerings.im2col import columns_run, orders, row_cuts, sizes_of, strided, tap_boxes
 from gemmconv.lowerings.products import LARGEST, multiply, parts_values, unpacked
 from gemmconv.lowerings.windows import Taps, Windows, grid_values, inside, phases_apart, rearranges, workspace_bytes
@@ -149,10 +158,11 @@ class Gradient(AsItLies):
                 each += unpacked_s(k, n, rows, 1, apart=problem.pitch, turned=not self.tap_major)
             else:
                 each += gemm_s(k, n, rows)
-            each += rows * n * SPILLED_VALUE_S * far
+            each += rows * n * (SPILLED_VALUE_S * far + in_pieces_s(problem, problem.cin))
             if self.grid:
                 positions = self.cuts[0].longest * grid_values(self.axes, [cut.longest for cut in self.cuts[1:]], many)
                 each += copy_s(positions * problem.cout, w.fine, spilled=True, strided=moved)
+                each += positions * problem.cout * in_pieces_s(problem, problem.cout)
             total += boxes * runs * each
         added = self.shares * math.prod(problem.filter_shape) if self.shares > 1 else 0
         return total * len(self.channels) + copy_s(2 * added, problem.cin, spilled=True)

@@ -32,6 +32,7 @@ from gemmconv.lowerings.cost import (
     best,
     copy_s,
     gemm_s,
+    in_pieces_s,
     packing_s,
     streamed_s,
     unpacked_s,
@@ -235,6 +236,7 @@ class Im2Col(Usual):
             total += self.shares * copy_s(
                 self.grid, w.fine, spilled=True, strided=rearranges(problem, w, self.tap_major)
             )
+            total += self.shares * self.grid * in_pieces_s(problem, problem.cout)
         stored = copy_s(rows * n, problem.cin, steps=1 if self.direct else 2, spilled=True)
         added = copy_s(2 * shared, problem.cin) if self.shares > 1 else 0.0
         packing = packing_s(problem, copy_s(2 * self.packed_values, self.tiles)) if self.tiles else 0.0

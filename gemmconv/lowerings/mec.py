@@ -57,8 +57,6 @@ _MOST_PHASES = 64
 _STACKED = 4
 # Values of a line that are turned in one inner loop, at most, as the cost model sees it.
 FEW = 8
-# Of the L2 cache: a workspace that counts as in cache.
-_L2_SHARE = 1.5
 
 
 class Product(NamedTuple):
@@ -275,7 +273,7 @@ class Mec(Usual):
         sizes = self.sizes(*(max(1, round(cut.size / len(cut))) for cut in self.cuts))
         _, _, sums = map(math.prod, self.shapes(sizes))
         (_, given), last = self.channels, self.along[2]
-        total = self.filled_s(sizes, machine)
+        total = self.filled_s(sizes)
         apart = last.axis.stride > 1 and not last.gathers
         lines, tiles = self.own_groups * sizes.free, -(-sizes.row // self.tile)
         packed = self.largest_product > LARGEST
@@ -285,25 +283,26 @@ class Mec(Usual):
         slots = len(self.pairs) * len(self.along[0].runs)
         stored = self.stacked * lines * sizes.behind * last.count * given
         run = given if given > 1 else self.own_groups
-        store_s = self.lines_s(stored, run, last.count, given, apart=apart)
+        store_s = self.lines_s(stored, run, last.count, given, apart=apart, back=True)
         store_s += stored * apart_s(self.problem, machine) if apart else 0.0
         cleared = cleared_s(self.problem) if self.gaps else 0
         return self.count * (total + slots * store_s) + cleared
 
-    def filled_s(self, sizes: Sizes, machine: Machine) -> float:
-        """Return the time to fill a block's grid and columns."""
+    def filled_s(self, sizes: Sizes) -> float:
+        """Return the time to fill a block's grid, with zeros first, and its columns."""
         grid, columns, _ = map(math.prod, self.shapes(sizes))
-        spilled = self.workspace_bytes > machine.l2_bytes * _L2_SHARE
         last, steps = self.along[2], self.steps
-        total = copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps, spilled=spilled)
+        total = copy_s(grid, grid) + copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps)
         phases, line = math.prod(self.phases), -(-last.given // last.step)
         turned_s = self.lines_s(grid / phases, min(FEW, line), line, self.channels[0], apart=last.step > 1)
         return total + phases * turned_s
 
-    def lines_s(self, values: float, run: int, line: int, channels: int, *, apart: bool = False) -> float:
-        """Return the time to copy lines to the grid or from the sums; `apart` says that they are of every other."""
+    def lines_s(
+        self, values: float, run: int, line: int, channels: int, *, apart: bool = False, back: bool = False
+    ) -> float:
+        """Return the time to copy lines to the grid or `back` from the sums; `apart` says that they skip positions."""
         if self.problem.layout == "NDHWC":
-            return turned_s(values, run, self.own_groups * channels)
+            return turned_s(values, run, self.own_groups * channels, back=back)
         return copy_s(values, line, spilled=True, strided=apart)
 
     @cached_property
@@ -459,11 +458,8 @@ def _stacked(axis: Axis, gathers: bool, channels: int) -> list[Stacked]:
     return [Stacked(axis, gathers, rows) for rows in range(each, most + 1, each) if rows > 1]
 
 
-def candidates(problem: Problem, *, stacks: bool = True) -> list[Mec]:
-    """Return the schedules that are weighed, for each free axis and number of groups together; none for many phases.
-
-    With `stacks` those too whose neighbouring results are rows of one product.
-    """
+def candidates(problem: Problem) -> list[Mec]:
+    """Return the schedules that are weighed, for each free axis and number of groups together; none for many phases."""
     gathers = problem.operation == "conv3d"
     axes = [Along(axis, slots(axis, tiled=False), gathers) for axis in canonical(problem.axes)]
     if math.prod(len(along.taps) for along in axes) > _MOST_PHASES:
@@ -476,8 +472,7 @@ def candidates(problem: Problem, *, stacks: bool = True) -> list[Mec]:
         split = [False, True] if len(behind.offsets) == 1 else [False]
         # Taps that read other phases are not starts in the same columns.
         ways: list[tuple[Along | Stacked, bool]] = [(behind, adds) for adds in split]
-        if stacks:
-            ways += [(one, False) for one in _stacked(behind.axis, gathers, problem.cin if gathers else problem.cout)]
+        ways += [(one, False) for one in _stacked(behind.axis, gathers, problem.cin if gathers else problem.cout)]
         for one, adds in ways:
             cut = Cut(one.count, max(1, positions // max(1, last.count)))
             yield Mec(of, together, taken, (free, one, last), (Cut(free.count, -(-free.count // parts)), cut), adds)

@@ -22,6 +22,7 @@ from gemmconv.lowerings.copies import store
 from gemmconv.lowerings.cost import SMALLEST_BUFFER, best_that_fits, lines_s, packed_lines_s, pass_s
 from gemmconv.lowerings.mec import FEW, Block, Mec, Sizes, by_position, candidates
 from gemmconv.lowerings.products import LARGEST, unpacked
+from gemmconv.lowerings.stacked import Stacked
 from gemmconv.machine import Machine
 from gemmconv.problem import Problem
 
@@ -86,7 +87,7 @@ class MecGradient(AsItLies):
         coarse, _, _ = self._values(sizes)
         lines, tiles = of.own_groups * sizes.free, -(-sizes.row // of.tile)
         line = of.along[2].axis.coarse
-        total = of.filled_s(sizes, machine) + of.lines_s(coarse, min(FEW, line), line, of.channels[1])
+        total = of.filled_s(sizes) + of.lines_s(coarse, min(FEW, line), line, of.channels[1])
         packed = self.largest_product > LARGEST
         for one in of.products:
             pieces = self.pieces(one.shape[2])
@@ -130,29 +131,39 @@ class MecGradient(AsItLies):
     def _fill(self, block: _Block, coarse: Array, batch: int, spans: list[Range]) -> None:
         """Copy the coarse lines of a block, with zeros between them."""
         of = self.of
-        coarse = of.seen(coarse, of_result=True)[batch][tuple(slice(*span) for span in spans)]
-        block.lines[...] = 0
+        free, behind, last = spans
+        coarse = of.seen(coarse, of_result=True)[batch][slice(*free), :, slice(*last)]
         by_group = coarse.reshape(*coarse.shape[:3], of.own_groups, of.channels[1])
-        np.copyto(block.positions, by_group, casting="unsafe")
+        block.lines[...] = 0
+        for row, (q, at) in of.along[1].places(behind).items():
+            np.copyto(block.positions[row][:, q], by_group[:, at], casting="unsafe")
 
     def _store(self, sums: Array, output: Array, workspace: Workspace) -> None:
         """Store the sums of each product in the taps it is of; those that meet nothing are 0."""
         of, (taken, given) = self.of, self.of.channels
-        kernel, groups = output.shape[:3], of.own_groups
+        kernel, groups, behind = output.shape[:3], of.own_groups, of.along[1]
         taps = output.reshape(*kernel, taken, groups, given)
         output[...] = 0
         axes = [order(self.problem.axes)[i] for i in of.taken]
         taps = taps.transpose(*axes, 4, 5, 3)  # [free tap, next, last, group, coarse channel, fine channel]
         for one in of.products:
             pieces = self.pieces(one.shape[2])
-            found = sums[one.weights].reshape(groups, pieces, of.rows, -1).swapaxes(1, 2)[:, :given]
+            found = sums[one.weights].reshape(groups, pieces, of.rows, -1).swapaxes(1, 2)[:, : of.stacked * given]
             together = workspace.scratch(found.shape, found.dtype)
             np.copyto(together, found)
             sizes = [len(of_axis) for of_axis in (one.run.taps, *one.taps)]
-            found = together.reshape(groups, given, *sizes, taken).transpose(2, 3, 4, 0, 1, 5)
+            found = together.reshape(groups, of.stacked, given, *sizes, taken).transpose(1, 3, 4, 5, 0, 2, 6)
             where = np.ix_(one.run.taps, *one.taps)
-            rounded = workspace.scratch(found.shape, output.dtype)
-            store(rounded, found)
+            if isinstance(behind, Stacked):
+                # What neighbouring results have of a tap is added up.
+                where = np.ix_(one.run.taps, range(kernel[axes[1]]), one.taps[1])
+                by_tap = workspace.scratch((sizes[0], kernel[axes[1]], *found.shape[3:]), found.dtype)
+                by_tap[...] = 0
+                for row, (at, of_row) in enumerate(behind.weights):
+                    np.add(by_tap[:, of_row], found[row, :, at], out=by_tap[:, of_row])
+                found = by_tap[np.newaxis]
+            rounded = workspace.scratch(found.shape[1:], output.dtype)
+            store(rounded, found[0])
             taps[where] = rounded
 
 
@@ -167,7 +178,10 @@ class _Block:
         groups, free, rows = mec.own_groups, sizes.free, mec.rows
         self.lines = workspace.take(groups, free, rows, sizes.row)
         parts = workspace.take(groups * free * rows * tiles * mec.deep)
-        self.positions = by_position(mec, sizes, self.lines[:, :, : mec.channels[1]])
+        given = mec.channels[1]
+        self.positions = [
+            by_position(mec, sizes, self.lines[:, :, row * given : (row + 1) * given]) for row in range(mec.stacked)
+        ]
         # [group, line, tile, 1, channel, position]
         self.coarse = self.lines.reshape(groups, free, rows, tiles, 1, each).transpose(0, 1, 3, 4, 2, 5)
         self.products: list[tuple[Array, Array]] = []
@@ -200,7 +214,7 @@ class _Views:
 
 def schedules(problem: Problem) -> list[MecGradient]:
     """Return the schedules that are weighed: those of the convolution."""
-    found = candidates(replace(problem, operation="conv3d"), stacks=False)
+    found = candidates(replace(problem, operation="conv3d"))
     return [MecGradient(replace(one.problem, operation=problem.operation), one) for one in found]
 
 

@@ -21,7 +21,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from gemmconv.lowerings.base import Array, Operands, Workspace, aligned, canonical
 from gemmconv.lowerings.boxes import Bounds, Cut, Index, digit, evenly
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, combined_taps_s, copy_s, pass_s, step_s
+from gemmconv.lowerings.copies import copy
+from gemmconv.lowerings.cost import SMALLEST_BUFFER, combined_taps_s, copy_s, in_pieces_s, pass_s, step_s
 from gemmconv.lowerings.minimal import Line, combine_rows, lines_of
 from gemmconv.lowerings.phases import one_phase, phases
 from gemmconv.lowerings.tiling import (
@@ -122,7 +123,7 @@ class BlockRows(NamedTuple):
         """Copy what the box holds of the value."""
         for beyond_value in self.cleared:
             beyond_value[...] = 0
-        np.copyto(self.inside, value, casting="unsafe")
+        copy(self.inside, value)
 
 
 class Views(NamedTuple):
@@ -259,9 +260,9 @@ class WinogradConv(Tiling):
     def filled_s(self) -> float:
         """Return the time to fill and combine the rows of a block of mean size."""
         cout, (box, shapes) = self.problem.cout, self._mean
-        # A group's channels lie between those of others.
         run = cout if self.problem.groups > 1 else box
         total = copy_s(box, run, steps=0, spilled=True, strided=self.problem.layout == "NCDHW")
+        total += box * in_pieces_s(self.problem, cout)
         for family, (cells, along_a, rows) in zip(self.families, shapes, strict=True):
             total += (sum(family.points) + 1) * step_s(short=True)
             total += copy_s(math.prod(cells), cout, steps=0, spilled=True) + math.prod(cells) / cout * _CELL_S

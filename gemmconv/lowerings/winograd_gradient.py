@@ -22,7 +22,16 @@ from gemmconv.lowerings import winograd_conv
 from gemmconv.lowerings.base import Array, AsItLies, Operands, Workspace, address, aligned, canonical, five, must_widen
 from gemmconv.lowerings.boxes import Bounds, digit, evenly
 from gemmconv.lowerings.copies import need_finite, store
-from gemmconv.lowerings.cost import SMALLEST_BUFFER, SPILLED_VALUE_S, copy_s, gemm_s, pass_s, step_s, unpacked_s
+from gemmconv.lowerings.cost import (
+    SMALLEST_BUFFER,
+    SPILLED_VALUE_S,
+    copy_s,
+    gemm_s,
+    in_pieces_s,
+    pass_s,
+    step_s,
+    unpacked_s,
+)
 from gemmconv.lowerings.minimal import gradient_matrix, points_matrix
 from gemmconv.lowerings.products import alike, even_length, multiply_few, unpacked
 from gemmconv.lowerings.tiling import fastest, is_whole
@@ -112,7 +121,8 @@ class WinogradGradient(AsItLies):
         sums = of.sums(sizes)
         coarse = math.prod(sums)
         rows = math.prod(sums[2:6])
-        total = of.filled_s() + pass_s(coarse, coarse) + 6 * step_s(short=True)
+        total: float = of.filled_s() + pass_s(coarse, coarse) + 6 * step_s(short=True)
+        total += rows * problem.cin * in_pieces_s(problem, problem.cin)
         for family, (*_, k, n) in zip(of.families, self.sums_shapes, strict=True):
             points, taps = math.prod(family.points), math.prod(family.taps)
             lines = sizes[0] if family.taps[1] > 1 else 1
