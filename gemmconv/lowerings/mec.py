@@ -8,8 +8,9 @@ are not packed are as fast with four of these as with many, so groups need no ze
 groups and lines are formed in one step.
 
 Values are copied once to a grid with channels first and zeros around them, one for each phase that is gathered; taps
-are starts of runs in it. A transposed convolution is one such problem for each phase of its result. Sums have the lines
-of the grid, and what is between lines is not stored.
+are starts of runs in it. A transposed convolution is one such problem for each phase of its result. Of few channels
+neighbouring results are rows of a product too (stacked.py). Sums have the lines of the grid, and what is between lines
+is not stored.
 """
 
 from __future__ import annotations
