@@ -221,7 +221,7 @@ class Mec(Usual):
     def shapes(self, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of a block's grid, [phase of the copied axes, free phase, line, group, channel, position].
 
-        And of its columns, [free phase, group, line, tap * channel, position], and its sums, [group, line, channel,
+        And of its columns, [free phase, group, line, tap * channel, position], and its sums, [group, line, row,
         position].
         """
         (_, behind, last), (taken, _), phases = self.along, self.channels, self.phases
@@ -295,8 +295,8 @@ class Mec(Usual):
         last, steps = self.along[2], self.steps
         total = copy_s(grid, grid) + copy_s(columns * steps / max(1, self.copied), sizes.columns, steps=steps)
         phases, line = math.prod(self.phases), -(-last.given // last.step)
-        turned_s = self.lines_s(grid / phases, min(FEW, line), line, self.channels[0], apart=last.step > 1)
-        return total + phases * turned_s
+        phase_s = self.lines_s(grid / phases, min(FEW, line), line, self.channels[0], apart=last.step > 1)
+        return total + phases * phase_s
 
     def lines_s(
         self, values: float, run: int, line: int, channels: int, *, apart: bool = False, back: bool = False
@@ -348,10 +348,10 @@ class Mec(Usual):
                     np.matmul(weights, columns, out=block.tiles[min(i, 1)])
                     if i:
                         np.add(block.sums, block.spare, out=block.sums)
-                # Of zero too, for its sign: products that underflow give -0.0.
-                np.add(block.found, start, out=block.found)
                 if self.stacked > 1:
                     need_finite(block.found)
+                # Of zero too, for its sign: products that underflow give -0.0.
+                np.add(block.found, start, out=block.found)
                 workspace.mark("gemm")
                 for row, (q_b, fine_b) in behind.items() if self.stacked > 1 else [(0, behind[b])]:
                     store(output[fine, fine_b, last[c][1]], block.lines[row][q, q_b, last[c][0]])
@@ -451,8 +451,8 @@ def _as_slice(taps: Sequence[int]) -> slice | Sequence[int]:
 
 
 def _stacked(axis: Axis, gathers: bool, channels: int) -> list[Stacked]:
-    """Return the ways to stack neighbouring results of some channels each."""
-    if axis.dilation > 1:
+    """Return the ways to stack neighbouring results of some channels each; none where they read far from each other."""
+    if axis.dilation > 1 or (gathers and axis.stride > axis.kernel):
         return []
     each = 1 if gathers else axis.stride
     most = min(_STACKED // channels, axis.coarse if gathers else axis.fine)
@@ -473,11 +473,12 @@ def candidates(problem: Problem) -> list[Mec]:
         split = [False, True] if len(behind.offsets) == 1 else [False]
         # Taps that read other phases are not starts in the same columns.
         ways: list[tuple[Along | Stacked, bool]] = [(behind, adds) for adds in split]
-        ways += [(one, False) for one in _stacked(behind.axis, gathers, problem.cin if gathers else problem.cout)]
+        ways += [(one, False) for one in stacks[taken[1]]]
         for one, adds in ways:
             cut = Cut(one.count, max(1, positions // max(1, last.count)))
             yield Mec(of, together, taken, (free, one, last), (Cut(free.count, -(-free.count // parts)), cut), adds)
 
+    stacks = [_stacked(along.axis, gathers, problem.cin if gathers else problem.cout) for along in axes]
     groups = [n for n in range(1, problem.groups + 1) if problem.groups % n == 0]
     every = product(groups, _ORDERS, _PARTS, _POSITIONS)
     return [one for choice in every if choice[2] <= max(1, axes[choice[1][0]].count) for one in made(*choice)]

@@ -26,7 +26,7 @@ class Stacked:
     gathers: bool
     rows: int
 
-    @property
+    @cached_property
     def step(self) -> int:
         """Positions of the operand from those of a q to those of the next."""
         return self.rows * self.axis.stride if self.gathers else self.rows // self.axis.stride
@@ -64,11 +64,11 @@ class Stacked:
         every = [at for of_row in self._reads for _, at in of_row]
         return min(every), max(every) + 1
 
-    @property
+    @cached_property
     def _low(self) -> int:
         return self._span[0] // self.step
 
-    @property
+    @cached_property
     def reach(self) -> int:
         """How many more positions a phase of the grid has than q."""
         return (self._span[1] - 1) // self.step - self._low
