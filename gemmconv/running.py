@@ -279,7 +279,7 @@ def run(
     try:
         alike = isinstance(blocks, range)
         threads.run(task, count, len(workspaces), limit_blas=needed.limit_blas, alike=alike)
-    except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering would spread
+    except NotFiniteError:  # NaN, Inf or an overflow, which minimal filtering and stacked results would spread
         finite = False
     run_s = time.perf_counter() - run_s
     _release(workspaces)
