@@ -228,10 +228,10 @@ def turned_s(values: float, run: float, beside: float, *, back: bool = False) ->
     Channels are last before, or with `back` after it.
     """
     value_s = _TURNED_BACK_VALUE_S if back else _TURNED_LINE_VALUE_S
-    return _pass_step_s() + values * (value_s + _TURNED_RUN_S / max(1, run) + alone_s(beside))
+    return _pass_step_s() + values * (value_s + _TURNED_RUN_S / max(1, run) + _in_line_s(beside))
 
 
-def alone_s(beside: float) -> float:
+def _in_line_s(beside: float) -> float:
     """Return what a value costs more of which so many channels are used in a cache line, where there are others."""
     return _ALONE_VALUE_S * _LINE_VALUES / beside if beside < _LINE_VALUES else 0.0
 
@@ -239,7 +239,7 @@ def alone_s(beside: float) -> float:
 def in_pieces_s(problem: Problem, channels: int) -> float:
     """Return what a value costs more of so many channels of a group that lie between those of others."""
     between = problem.groups > 1 and problem.layout == "NDHWC" and channels < _PIECE_VALUES
-    return alone_s(channels) if between else 0.0
+    return _in_line_s(channels) if between else 0.0
 
 
 def apart_s(problem: Problem, machine: Machine) -> float:

@@ -182,7 +182,7 @@ class _Block:
         self.positions = [
             by_position(mec, sizes, self.lines[:, :, row * given : (row + 1) * given]) for row in range(mec.stacked)
         ]
-        # [group, line, tile, 1, channel, position]
+        # [group, line, tile, 1, row, position]
         self.coarse = self.lines.reshape(groups, free, rows, tiles, 1, each).transpose(0, 1, 3, 4, 2, 5)
         self.products: list[tuple[Array, Array]] = []
         columns = [array for step in self.block.steps for of_slot in step.columns for array in of_slot]
